@@ -1,0 +1,711 @@
+"""Stage 3 of Q-Align DT: does the policy return what it is asked for? The RTG sweep of Sec. 6.2 and App. D.6.
+
+    python evaluate_alignment.py --env hopper-medium-v2
+
+Asks a trained policy for every return from the dataset's lowest to its highest in steps of 100, rolls each request out
+--rollouts times in Gymnasium's simulator, and reports the alignment error (Eq. 8): the root mean square, over the
+requests, of (mean achieved score - requested score). Writes alignment.json, .csv and .png beside the checkpoint.
+Order of the file: Args, policy, critic, sweep, plot, main; then the blocks this file shares with the other stages.
+"""
+
+import copy
+import csv
+import difflib
+import hashlib
+import json
+import os
+import re
+import sys
+import urllib.request
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium
+import h5py
+import mujoco
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env: str | None = None
+    """name of the task, as in stage 2 (default: the checkpoint's, or hopper-medium-v2 without --checkpoint)"""
+    checkpoint: str = ""
+    """a policy.pt or policy_best.pt of stage 2 (default: policy.pt of the run that --env, --seed and --exp-name name)"""
+    compare: tuple[str, ...] = ()
+    """further checkpoints of the same body, swept over the same targets into the same plot"""
+    seed: int = 1
+    """seed of the run to evaluate, and of the episodes"""
+    dataset_path: tuple[str, ...] = ()
+    """HDF5 file(s) whose returns to sweep and to show in the histogram (default: those the policy was trained on)"""
+    runs_dir: str = "runs"
+    """folder of all runs"""
+    exp_name: str = "train_qalign_dt"
+    """name of the experiment to evaluate; the run folder is <runs-dir>/<env>__<exp-name>__<seed>"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the policy runs; auto takes CUDA if there is one. The simulator uses all CPU cores"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """the transformer's arithmetic; auto: bfloat16 on CUDA and on CPUs with AMX"""
+    rollouts: int = 30
+    """episodes per target return"""
+    target_step: float = 100.0
+    """distance of two target returns, raw; 12 evenly spaced targets are used where this gives fewer"""
+
+
+# ======== shared: policy (the same text in train_qalign_dt.py, evaluate_alignment.py) ========
+
+
+class CausalConv(nn.Module):
+    """Convolution over the token axis, window 6, left-padded by 5 zeros, one each for q, k and v (App. D.1)."""
+
+    def __init__(self, width: int, window: int = 6):
+        super().__init__()
+        self.window = window
+        self.conv = nn.Conv1d(3 * width, 3 * width, window, groups=3)
+
+    def forward(self, x):  # (B, T, 3D) -> (B, T, 3D)
+        return self.conv(F.pad(x.transpose(1, 2), (self.window - 1, 0))).transpose(1, 2)
+
+
+class Block(nn.Module):
+    """Pre-LN transformer block: causal attention, then a GELU MLP of four times the width."""
+
+    def __init__(self, width: int, heads: int, conv: bool, dropout: float):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.conv = CausalConv(width) if conv else nn.Identity()
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout))
+
+    def attend(self, x, keep, mask):  # (B, T, D), (B, T, 1), (B, 1, T, T) -> (B, T, D)
+        B, T, D = x.shape
+        # Padding must not leak: W_q, W_k, W_v have biases, so padded tokens are zeroed again before the convolution,
+        # which then sees the same zeros to the left of a short window as it would without any padding.
+        qkv = self.conv(self.qkv(x) * keep)
+        q, k, v = (y.view(B, T, self.heads, D // self.heads).transpose(1, 2) for y in qkv.split(D, dim=-1))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
+        return F.dropout(self.out(y.transpose(1, 2).reshape(B, T, D)), self.dropout, self.training)
+
+    def forward(self, x, keep, mask):
+        x = x + self.attend(self.norm1(x), keep, mask)
+        return x + self.mlp(self.norm2(x))
+
+
+class Policy(nn.Module):
+    """Decision Transformer over tokens (rtg_0, s_0, a_0, rtg_1, ...) with App. D.1's heads: rtg -> state, state -> action.
+
+    Call with rtg (B, K) normalised, obs (B, K, obs_dim) standardised, act (B, K, act_dim) in [-1, 1], timestep (B, K)
+    int64 in [0, max_timestep) and valid (B, K) bool, False on the left padding; returns a_hat (B, K, act_dim) and
+    s_hat (B, K, obs_dim), both float32. The action at step t depends on no token after s_t, and on no padding.
+    """
+
+    def __init__(self, obs_dim, act_dim, embed_dim, n_layer, n_head, max_timestep, conv=True, dropout=0.1, bf16=False):
+        super().__init__()
+        self.bf16, self.dropout = bf16, dropout
+        self.embed_rtg, self.embed_obs, self.embed_act = (nn.Linear(n, embed_dim) for n in (1, obs_dim, act_dim))
+        self.embed_time = nn.Embedding(max_timestep, embed_dim)
+        self.norm_in, self.norm_out = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
+        self.blocks = nn.ModuleList(Block(embed_dim, n_head, conv, dropout) for _ in range(n_layer))
+        self.action_head, self.state_head = nn.Linear(embed_dim, act_dim), nn.Linear(embed_dim, obs_dim)
+        for module in self.modules():  # GPT-2's initialisation
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def forward(self, rtg, obs, act, timestep, valid):
+        B, K = rtg.shape
+        T = 3 * K
+        keep = valid.repeat_interleave(3, dim=1)  # (B, T)
+        causal = torch.ones(T, T, dtype=torch.bool, device=rtg.device).tril()
+        # a padded query looks at itself, so that no row of the softmax is empty; no valid query looks at padding
+        mask = causal & (keep[:, None, None, :] | torch.eye(T, dtype=torch.bool, device=rtg.device))  # (B, 1, T, T)
+        with torch.autocast(rtg.device.type, torch.bfloat16, enabled=self.bf16):
+            time = self.embed_time(timestep)
+            tokens = (self.embed_rtg(rtg[..., None]) + time, self.embed_obs(obs) + time, self.embed_act(act) + time)
+            x = self.norm_in(torch.stack(tokens, dim=2).view(B, T, -1))  # rtg_0, s_0, a_0, rtg_1, ...
+            x = F.dropout(x, self.dropout, self.training)
+            for block in self.blocks:
+                x = block(x, keep[..., None], mask)
+        # the heads run in float32: Eq. 5 looks at small differences between actions
+        x = self.norm_out(x.float()).view(B, K, 3, -1)
+        return torch.tanh(self.action_head(x[:, :, 1])), self.state_head(x[:, :, 0])
+
+
+def make_policy(task: "Task", cfg: dict, bf16: bool) -> Policy:
+    """The policy that a resolved configuration describes (randomly initialised from torch's global generator)."""
+    return Policy(
+        task.obs_dim, task.act_dim, cfg["embed_dim"], cfg["n_layer"], cfg["n_head"], cfg["max_timestep"], cfg["conv"], bf16=bf16
+    )
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """`auto` is bfloat16 where matrix units take it: on CUDA and on CPUs with AMX."""
+    if precision == "auto":
+        return device.type == "cuda" or getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+    return precision == "bf16"
+
+
+# ======== end of shared: policy ========
+
+# ======== shared: critic (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
+
+
+class DoubleQ(nn.Module):
+    """Two independent Q networks: three hidden layers, Mish, linear output (App. D.1).
+
+    Call with obs (..., obs_dim) standardised and act (..., act_dim); returns (2, ...), raw discounted return, gamma 0.99.
+    Always float32 with TF32 off: the alignment signal is the sign of a small difference of two large numbers.
+    """
+
+    def __init__(self, obs_dim: int, act_dim: int, width: int):
+        super().__init__()
+        self.q1, self.q2 = mlp(obs_dim + act_dim, width), mlp(obs_dim + act_dim, width)
+
+    def forward(self, obs, act):
+        x = torch.cat([obs, act], dim=-1)
+        return torch.stack([self.q1(x), self.q2(x)]).squeeze(-1)
+
+
+def mlp(inputs: int, width: int) -> nn.Sequential:
+    layers = []
+    for n in (inputs, width, width):
+        layers += [nn.Linear(n, width), nn.Mish()]
+    return nn.Sequential(*layers, nn.Linear(width, 1))
+
+
+# ======== end of shared: critic ========
+
+
+class Trained(NamedTuple):
+    """One of stage 2's checkpoints, ready to roll out."""
+
+    path: Path
+    task: "Task"
+    policy: Policy
+    critic: DoubleQ | None
+    content: dict  # everything else that the file holds
+
+
+def load_policy(path: Path, precision: str, device: torch.device) -> Trained:
+    """Read a stage 2 checkpoint; exits 2 if it is anything else."""
+    content = load_checkpoint(path, "train_qalign_dt")
+    task, cfg = parse_env(content["env"]), content["config"]
+    policy = make_policy(task, cfg, use_bf16(precision, device))
+    critic = DoubleQ(task.obs_dim, task.act_dim, cfg["critic_width"]) if content["critic"] else None
+    try:
+        policy.load_state_dict(content["policy"])
+        if critic:
+            critic.load_state_dict(content["critic"])
+    except RuntimeError:
+        fail(f"{path}: its weights do not have the shapes its configuration says; train it again")
+    return Trained(path, task, policy.to(device).eval(), critic.to(device) if critic else None, content)
+
+
+def target_returns(returns: np.ndarray, step: float) -> np.ndarray:
+    """The dataset's lowest return, + step, ... up to its highest (raw); 12 evenly spaced ones if that gives fewer."""
+    low, high = float(returns.min()), float(returns.max())
+    targets = np.arange(low, high + 1e-9, step)
+    return targets if len(targets) >= 12 else np.linspace(low, high, 12)
+
+
+def alignment_rmse(scores: np.ndarray, target_scores: np.ndarray) -> float:
+    """Eq. 8, in D4RL-score units: mean achieved score per target (n,), target scores (n,)."""
+    return float(np.sqrt(np.mean((scores - target_scores) ** 2)))
+
+
+def sweep(trained: Trained, targets: np.ndarray, high_targets, rollouts: int, seed: int) -> dict:
+    """Roll out every target `rollouts` times, all as one batch, and summarise: the record that alignment.json holds."""
+    from scipy.stats import spearmanr  # imported here: it takes a while
+
+    task, content = trained.task, trained.content
+    every_target = np.repeat(np.concatenate([targets, high_targets]), rollouts)
+    # reset seeds: every rollout of the sweep starts differently, every checkpoint in the same states
+    seeds = np.random.SeedSequence(seed).generate_state(len(every_target)) >> 1
+    with tqdm(total=HORIZON, unit="step", desc=f"{len(targets) + len(high_targets)} targets x {rollouts} rollouts", dynamic_ncols=True) as bar:
+        obs_stats = content["obs_mean"], content["obs_std"]
+        result = rollout(trained.policy, task, every_target, seeds, content["config"]["context_len"], *obs_stats, bar=bar)
+    rows = []
+    for j, target in enumerate(every_target[::rollouts]):
+        one = slice(j * rollouts, (j + 1) * rollouts)
+        returns, scores = result.returns[one], task.score(result.returns[one])
+        rows.append({
+            "target_return": float(target), "target_score": float(task.score(target)),
+            "return_mean": float(returns.mean()), "return_std": float(returns.std()),
+            "score_mean": float(scores.mean()), "score_std": float(scores.std()),
+            "length_mean": float(result.lengths[one].mean()), "velocity_mean": float(result.velocity[one].mean()),
+        })  # fmt: skip
+    rows, high_rows = rows[: len(targets)], rows[len(targets) :]
+    scores, target_scores = (np.array([row[k] for row in rows]) for k in ("score_mean", "target_score"))
+    q_vs_return = None
+    if trained.critic:  # Table E.19, over the rollouts of the whole sweep
+        with torch.no_grad():
+            q = trained.critic(result.first_obs, result.first_act).amin(dim=0).cpu().numpy()
+        swept = len(targets) * rollouts
+        q_vs_return = finite(spearmanr(q[:swept], result.returns[:swept]).statistic)
+    return {
+        "checkpoint": str(trained.path), "env": task.name, "trained_on": content["data"], "seed": content["config"]["seed"],
+        "step": content["step"], "total_steps": content["config"]["total_steps"], "lambda_e": content["config"]["lambda_e"], "conv": content["config"]["conv"],
+        "alignment_rmse": alignment_rmse(scores, target_scores), "best_score": float(scores.max()),
+        "spearman_target_vs_real": finite(spearmanr(target_scores, scores).statistic), "spearman_q_vs_return": q_vs_return,
+        "high_targets": high_rows, "sweep": rows,
+    }  # fmt: skip
+
+
+def finite(x: float) -> float | None:
+    """JSON has no NaN: a correlation with a constant is None."""
+    return float(x) if np.isfinite(x) else None
+
+
+def curve_label(record: dict) -> str:
+    """How a curve is called: method, run, seed."""
+    method = {(True, True): "Q-Align DT", (True, False): "DT + alignment", (False, True): "DT + conv", (False, False): "DT"}[record["lambda_e"] > 0, record["conv"]]
+    best = ", best checkpoint" if Path(record["checkpoint"]).name == "policy_best.pt" else ""
+    return f"{method}, seed {record['seed']}{best}: RMSE {record['alignment_rmse']:.1f}"
+
+
+def plot(records: list[dict], task: "Task", returns: np.ndarray, title: str, path: Path) -> None:
+    """Achieved against target score with the diagonal and a band of one std; below, the returns of the dataset's episodes."""
+    import matplotlib  # imported here: it takes a while
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(7, 6.5), height_ratios=[4, 1], layout="constrained")
+    span = [task.score(returns.min()), task.score(returns.max())]
+    top.plot(span, span, "--", color="0.5", linewidth=1, label="achieved = target")
+    for record in records:
+        x, y, std = (np.array([row[k] for row in record["sweep"]]) for k in ("target_score", "score_mean", "score_std"))
+        (line,) = top.plot(x, y, marker="o", markersize=3, label=curve_label(record))
+        top.fill_between(x, y - std, y + std, color=line.get_color(), alpha=0.15, linewidth=0)
+    top.set_ylabel("achieved score (mean, band: one std)")
+    top.set_title(title, fontsize="medium")
+    top.legend(fontsize="small", loc="upper left")
+    top.grid(alpha=0.3)
+    bottom.hist(task.score(returns), bins=60, color="0.6")
+    bottom.set_yscale("log")
+    bottom.set_ylabel("episodes")
+    bottom.set_xlabel("target score (0: random, 100: expert)")
+    figure.savefig(f"{path}.tmp", format="png", dpi=130)
+    plt.close(figure)
+    os.replace(f"{path}.tmp", path)
+
+
+def main() -> None:
+    sys.stdout.reconfigure(line_buffering=True)
+    args = tyro.cli(Args, description=__doc__)
+    task = parse_env(args.env or "hopper-medium-v2") if args.env or not args.checkpoint else None
+    device = pick_device(args.device)
+    if args.rollouts < 1 or not args.target_step > 0:
+        fail("--rollouts must be at least 1 and --target-step positive")
+    path = Path(args.checkpoint) if args.checkpoint else Path(args.runs_dir) / f"{task.name}__{args.exp_name}__{args.seed}" / "policy.pt"
+    trained = load_policy(path, args.precision, device)
+    if task and task.name != trained.task.name:
+        fail(f"{path} was trained on --env {trained.task.name}, not {task.name}")
+    task = trained.task
+    others = [load_policy(Path(p), args.precision, device) for p in args.compare]
+    for other in others:
+        if other.task.body != task.body:
+            fail(f"{other.path} is a policy of {other.task.body}, {path} one of {task.body}; --compare needs the same body")
+    if task.env_id is None:
+        fail(f"{task.name}: there is no AntMaze simulator here yet, so its policies cannot be rolled out")
+    data, returns = trained.content["data"], trained.content["episode_returns"].numpy()
+    if args.dataset_path:
+        dataset = read_dataset(task, args.dataset_path)
+        data, returns = dataset.summary(), dataset.returns
+    folder, stem = path.parent, "alignment_best" if path.name == "policy_best.pt" else "alignment"
+    if not os.access(folder, os.W_OK):
+        fail(f"{folder}: cannot write {stem}.json there; copy the checkpoint to a folder of your own")
+
+    if not trained.content.get("finished", True):
+        print(f"note: step {trained.content['step']:,} of {trained.content['config']['total_steps']:,}, this run is not finished")
+    targets = target_returns(returns, args.target_step)
+    high_targets = task.high_targets if data["is_d4rl"] else tuple(float(returns.max()) * x for x in (1.0, 1.2))
+    records = [sweep(x, targets, high_targets, args.rollouts, args.seed) for x in (trained, *others)]
+    result = {"dataset": data, "rollouts": args.rollouts, "episode_seed": args.seed, "device": device.type} | records[0]
+    if others:
+        result["compare"] = records[1:]
+    files = [folder / f"{stem}.{kind}" for kind in ("json", "csv", "png")]
+    with open(f"{files[0]}.tmp", "w") as f:
+        f.write(json.dumps(result, indent=2, allow_nan=False) + "\n")
+    with open(f"{files[1]}.tmp", "w", newline="") as f:
+        writer = csv.DictWriter(f, ["checkpoint", "seed", "kind", *records[0]["sweep"][0]])
+        writer.writeheader()
+        for record in records:
+            for kind in ("sweep", "high_targets"):
+                writer.writerows({"checkpoint": record["checkpoint"], "seed": record["seed"], "kind": kind} | row for row in record[kind])
+    for file in files[:2]:
+        os.replace(f"{file}.tmp", file)
+    plot(records, task, returns, f"{data['label']}; {args.rollouts} rollouts per target", files[2])
+    for record in records:
+        print(
+            f"{record['checkpoint']}: alignment RMSE {record['alignment_rmse']:.2f}, best score {record['best_score']:.1f}, "
+            + ", ".join(f"{row['score_mean']:.1f} at target {row['target_return']:.0f}" for row in record["high_targets"])
+        )
+    print(f"{data['label']}: {files[0]}, {files[1].name}, picture {files[2]}")
+
+
+# ======== shared: setup (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
+
+FORMAT = 1  # of the checkpoint files
+HORIZON = 1000  # steps after which Gymnasium and D4RL cut an episode
+
+
+def fail(message: str, code: int = 2):
+    """One line on stderr that says what is wrong, where, and what to do; then exit."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a name <body>-<quality>-<tag> stands for. RTG ranges are normalised, targets and references raw returns."""
+
+    name: str
+    body: str
+    quality: str
+    tag: str
+    env_id: str | None  # Gymnasium's simulator; None: there is none, training only
+    obs_dim: int
+    act_dim: int
+    ref_min: float  # D4RL's reference returns, of a random and of an expert policy
+    ref_max: float
+    rtg_scale: float
+    rtg_range: tuple[float, float]  # the release's, for D4RL data
+    high_targets: tuple[float, ...]  # the release's evaluation targets, for D4RL data
+    critic_reward_shift: float = 0.0  # AntMaze: the critic sees r - 1, as in IQL
+
+    def score(self, returns):
+        """D4RL score: 0 for a random policy's return, 100 for an expert's."""
+        return 100 * (returns - self.ref_min) / (self.ref_max - self.ref_min)
+
+
+BODIES = {
+    "hopper": ("Hopper-v4", 11, 3, -20.272305, 3234.3, 1000.0, (-1.0, 4.0), (1800.0, 3600.0, 4000.0)),
+    "halfcheetah": ("HalfCheetah-v4", 17, 6, -280.178953, 12135.0, 1000.0, (-1.0, 25.0), (12000.0, 24000.0)),
+    "walker2d": ("Walker2d-v4", 17, 6, 1.629008, 4592.3, 1000.0, (-1.0, 20.0), (5000.0, 6000.0, 10000.0)),
+    "ant": ("Ant-v4", 111, 8, -325.6, 3879.7, 1000.0, (-1.0, 10.0), (5000.0, 10000.0)),
+    "antmaze": (None, 29, 8, 0.0, 1.0, 1.0, (0.0, 1.0), (0.8, 0.9, 1.0, 100.0), -1.0),
+}
+QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "expert")
+MAZES = {  # D4RL's file names
+    "umaze": "u-maze_noisy_multistart_False_multigoal_False", "umaze-diverse": "u-maze_noisy_multistart_True_multigoal_True",
+    "medium-play": "big-maze_noisy_multistart_True_multigoal_False", "medium-diverse": "big-maze_noisy_multistart_True_multigoal_True",
+    "large-play": "hardest-maze_noisy_multistart_True_multigoal_False", "large-diverse": "hardest-maze_noisy_multistart_True_multigoal_True",
+}  # fmt: skip
+
+
+def parse_env(name: str) -> Task:
+    """The task of an --env name; exits 2 on an unknown one, naming the closest."""
+    body, _, rest = name.partition("-")
+    quality, _, tag = rest.rpartition("-")
+    if name == "hopper-mini":
+        quality, tag = "mini", "mini"
+    known = MAZES if body == "antmaze" else (*QUALITIES, "mixed")  # "mixed": medium-replay's name before v2
+    if body in BODIES and re.fullmatch(r"[A-Za-z0-9_.]+", tag) and (name == "hopper-mini" or (quality in known and (quality, tag) != ("mixed", "v2"))):
+        return Task(name, body, quality, tag, *BODIES[body])
+    names = [f"{b}-{q}-v2" for b in BODIES for q in (MAZES if b == "antmaze" else QUALITIES)] + ["hopper-mini"]
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
+    fail(f"unknown --env {name!r}: did you mean {', '.join(close)}? (<body>-<quality>-<tag>; any tag but v2 is your own data)")
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one; exits 2 where CUDA is asked for and missing."""
+    if name == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: torch finds no CUDA device here; use --device cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def save_checkpoint(path: Path, payload: dict) -> None:
+    """Write a checkpoint whole or not at all."""
+    torch.save(payload, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def load_checkpoint(path: Path, stage: str) -> dict:
+    """Read a checkpoint of one stage onto the CPU, without unpickling; exits 2 on anything else."""
+    if not path.is_file():
+        fail(f"{path}: no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # torch raises a dozen kinds for truncated, foreign and pickled files
+        fail(f"{path}: not a readable checkpoint (truncated, or not written by {stage}.py)")
+    if not isinstance(checkpoint, dict) or checkpoint.get("stage") != stage:
+        found = checkpoint.get("stage") if isinstance(checkpoint, dict) else None
+        fail(f"{path}: a checkpoint of {found or 'something else'}, not of {stage}.py")
+    if checkpoint.get("format") != FORMAT:
+        fail(f"{path}: checkpoint format {checkpoint.get('format')}, this version reads {FORMAT}; train it again")
+    return checkpoint
+
+
+def tensor_hash(tensors) -> str:
+    """First 16 hex digits of the SHA-256 of some arrays' or tensors' shapes and bytes."""
+    digest = hashlib.sha256()
+    for x in tensors:
+        x = np.ascontiguousarray(x)
+        digest.update(f"{x.shape}{x.dtype}".encode())
+        digest.update(x.view(np.uint8).data if x.size else b"")
+    return digest.hexdigest()[:16]
+
+
+# ======== end of shared: setup ========
+
+# ======== shared: dataset (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
+
+D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
+
+
+@dataclass
+class Dataset:
+    """Transitions of complete episodes, one episode after the other (N transitions, E episodes)."""
+
+    observations: np.ndarray  # (N, obs_dim) float32, raw
+    actions: np.ndarray  # (N, act_dim) float32, in [-1, 1]
+    rewards: np.ndarray  # (N,) float32, raw
+    terminals: np.ndarray  # (N,) bool: the MDP ended; the other episodes end by timeout
+    ends: np.ndarray  # (E,) int64, exclusive
+    files: list[str]
+    is_d4rl: bool  # D4RL's own file; False for everything given with --dataset-path or found in data/
+    hash: str
+    label: str  # how plots, logs and JSON call the data
+
+    def __post_init__(self):
+        self.starts = np.concatenate([[0], self.ends[:-1]])
+        self.lengths = self.ends - self.starts
+        self.returns = np.add.reduceat(self.rewards, self.starts, dtype=np.float64)  # (E,) undiscounted
+        self.obs_mean = torch.as_tensor(self.observations.mean(axis=0, dtype=np.float64), dtype=torch.float32)
+        self.obs_std = torch.as_tensor(self.observations.std(axis=0, dtype=np.float64) + 1e-6, dtype=torch.float32)
+
+    def summary(self) -> dict:
+        return {"files": self.files, "hash": self.hash, "label": self.label, "is_d4rl": self.is_d4rl}
+
+
+def read_dataset(task: Task, dataset_path: tuple[str, ...]) -> Dataset:
+    """The data of a task from --dataset-path, data/<env>.hdf5 or D4RL (downloaded once); exits 2 on data that cannot be right."""
+    if dataset_path:
+        paths = [Path(p) for p in dataset_path]
+    elif task.tag == "v2":
+        paths = [d4rl_file(task)]
+    else:
+        paths = [Path(__file__).resolve().parent / "data" / f"{task.name}.hdf5"]
+        if not paths[0].is_file():
+            fail(f"--env {task.name} is not a D4RL v2 name and has no {paths[0]}: give its data with --dataset-path FILE")
+    parts = [read_hdf5(path, task) for path in paths]
+    arrays = parts[0] if len(parts) == 1 else [np.concatenate(arrays) for arrays in zip(*parts)]
+    observations, actions, rewards, terminals, episode_end = arrays
+    clipped = int((np.abs(actions) > 1).any(axis=1).sum())
+    if clipped:
+        print(f"warning: clipped {clipped:,} of {len(actions):,} actions to [-1, 1]", file=sys.stderr)
+        actions = actions.clip(-1, 1)
+    ends = np.flatnonzero(episode_end) + 1
+    files, is_d4rl = [path.name for path in paths], not dataset_path and task.tag == "v2"
+    label = f"{task.name} (D4RL)" if is_d4rl else f"{task.body} data, not D4RL: {' + '.join(files)}"
+    return Dataset(observations, actions, rewards, terminals, ends, files, is_d4rl, tensor_hash([*arrays[:4], ends]), label)
+
+
+def read_hdf5(path: Path, task: Task) -> list[np.ndarray]:
+    """One file in D4RL's layout, checked, without its incomplete last episode: observations, actions, rewards, terminals, episode ends."""
+    if not path.is_file():
+        fail(f"{path}: no such dataset file; check --dataset-path")
+    keys = ("observations", "actions", "rewards", "terminals", "timeouts")
+    try:
+        with h5py.File(path, "r") as f:
+            if missing := [k for k in keys if k not in f]:
+                fail(f"{path}: no key {missing[0]!r}; D4RL's layout has {', '.join(keys)}")
+            arrays = [f[k][()] for k in keys]
+    except OSError:
+        fail(f"{path}: truncated, or not an HDF5 file; get it again")
+    N = len(arrays[0])
+    for key, shape, i in zip(keys, ((N, task.obs_dim), (N, task.act_dim), (N,), (N,), (N,)), range(5)):
+        if arrays[i].shape == (*shape, 1):  # rewards and flags may be columns
+            arrays[i] = arrays[i].reshape(N)
+        if arrays[i].shape != shape:
+            fail(f"{path}: {key} has shape {arrays[i].shape}, {task.body} with {N:,} observations needs {shape}")
+    arrays = [np.asarray(x, dtype=np.float32 if i < 3 else bool) for i, x in enumerate(arrays)]
+    for key, x in zip(keys[:3], arrays):
+        if not np.isfinite(x).all():
+            row = int(np.argwhere(~np.isfinite(x))[0][0])
+            fail(f"{path}: {key} has a NaN or infinite value, first in row {row:,}")
+    observations, actions, rewards, terminals, timeouts = arrays
+    if task.body == "ant" and observations[:, 27:].any():
+        fail(f"{path}: the last 84 of Ant's 111 observations are contact forces, zero in D4RL; here they are not, and Ant-v4 has none")
+    episode_end = terminals | timeouts
+    if not episode_end.any():
+        fail(f"{path}: no complete episode (terminals and timeouts are all False)")
+    n = int(np.flatnonzero(episode_end)[-1]) + 1
+    return [x[:n] for x in (observations, actions, rewards, terminals, episode_end)]
+
+
+def d4rl_file(task: Task) -> Path:
+    """D4RL's file of a -v2 name in D4RL's cache folder; downloaded if it is not there, and renamed only when it is whole."""
+    if task.body == "antmaze":
+        url = f"{D4RL_URL}/ant_maze_v2/Ant_maze_{MAZES[task.quality]}_sparse_fixed.hdf5"
+    else:
+        url = f"{D4RL_URL}/gym_mujoco_v2/{task.body}_{task.quality.replace('-', '_')}-v2.hdf5"
+    path = Path(os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl" / "datasets") / url.rpartition("/")[2]
+    if path.is_file():
+        return path
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            size = int(response.headers.get("Content-Length") or 0)
+            with open(part, "wb") as f, tqdm(total=size or None, unit="B", unit_scale=True, desc=path.name) as bar:
+                while block := response.read(1 << 20):
+                    f.write(block)
+                    bar.update(len(block))
+        if size and part.stat().st_size != size:
+            raise OSError(f"{part.stat().st_size:,} of {size:,} bytes arrived")
+        h5py.File(part, "r").close()
+        os.replace(part, path)
+    except (OSError, ValueError) as error:  # URLError, HTTPError and h5py's errors are OSErrors
+        fail(f"cannot download {url} ({error}); put the file at {path}, or give --dataset-path FILE")
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+# ======== end of shared: dataset ========
+
+# ======== shared: rollout (the same text in train_qalign_dt.py, evaluate_alignment.py) ========
+
+
+def make_env(env_id: str):
+    """Gymnasium's v4 environment without its known warnings, and without the MUJOCO_LOG.TXT that MuJoCo drops for them."""
+    known = "'settotalmass' is deprecated"  # a remark on Gymnasium's half_cheetah.xml
+    mujoco.set_mju_user_warning(lambda message: None if known in message else warnings.warn(f"MuJoCo: {message}", stacklevel=2))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is out of date. You should consider upgrading to version `v5`")
+        return gymnasium.make(env_id).unwrapped
+
+
+class Simulator:
+    """n copies of one Gymnasium v4 body, advanced in lockstep by a thread per core (mj_step releases the GIL).
+
+    Initial states are those of env.reset(seed); observations, rewards and terminations those of env.step, without its
+    time limit. Ant's observation is padded with zeros to D4RL's 111 numbers.
+    """
+
+    def __init__(self, task: Task, seeds):
+        env = make_env(task.env_id)
+        self.task, self.model, self.frame_skip, self.dt = task, env.model, env.frame_skip, env.dt
+        self.sims = []
+        for seed in seeds:
+            env.reset(seed=int(seed))
+            self.sims.append(copy.copy(env.data))  # MjData copies itself whole
+        env.close()
+        threads = os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self.threads = threads or 1
+        self.pool = ThreadPoolExecutor(self.threads)
+
+    def observe(self, index) -> np.ndarray:
+        """(m, obs_dim) float64: the observations of some of the simulations."""
+        qpos = np.stack([self.sims[i].qpos for i in index])
+        qvel = np.stack([self.sims[i].qvel for i in index])
+        if self.task.body == "ant":
+            return np.concatenate([qpos[:, 2:], qvel, np.zeros((len(qpos), self.task.obs_dim - 27))], axis=1)
+        return np.concatenate([qpos[:, 1:], qvel if self.task.body == "halfcheetah" else qvel.clip(-10, 10)], axis=1)
+
+    def x_position(self, index) -> np.ndarray:
+        """(m,) what each environment's forward velocity is the difference of."""
+        if self.task.body == "ant":  # Gymnasium reads the torso's frame, which MuJoCo computed before its last substep
+            torso = self.model.body("torso").id
+            return np.array([self.sims[i].xpos[torso, 0] for i in index])
+        return np.array([self.sims[i].qpos[0] for i in index])
+
+    def advance(self, index, actions) -> None:
+        for i, action in zip(index, actions):
+            self.sims[i].ctrl[:] = action
+            mujoco.mj_step(self.model, self.sims[i], self.frame_skip)
+
+    def step(self, index, actions):
+        """One env.step of the simulations `index` (m,) with actions (m, act_dim): observations, rewards, terminated, x velocities."""
+        before = self.x_position(index)
+        n = min(self.threads, len(index))
+        list(self.pool.map(self.advance, np.array_split(index, n), np.array_split(actions, n)))
+        velocity = (self.x_position(index) - before) / self.dt
+        effort = np.square(actions).sum(axis=1)
+        z, angle = (np.array([self.sims[i].qpos[k] for i in index]) for k in (1, 2))
+        state = np.stack([np.concatenate([self.sims[i].qpos, self.sims[i].qvel]) for i in index])
+        if self.task.body == "halfcheetah":
+            reward, healthy = velocity - 0.1 * effort, np.ones(len(index), bool)
+        elif self.task.body == "hopper":
+            reward = velocity + 1.0 - 1e-3 * effort
+            healthy = (np.abs(state[:, 2:]) < 100).all(axis=1) & (z > 0.7) & (np.abs(angle) < 0.2)
+        elif self.task.body == "walker2d":
+            reward = velocity + 1.0 - 1e-3 * effort
+            healthy = (z > 0.8) & (z < 2.0) & (np.abs(angle) < 1.0)
+        else:  # ant
+            reward = velocity + 1.0 - 0.5 * effort
+            healthy = np.isfinite(state).all(axis=1) & (state[:, 2] >= 0.2) & (state[:, 2] <= 1.0)
+        return self.observe(index), reward, ~healthy, velocity
+
+
+class Rollouts(NamedTuple):
+    """One entry per rollout (n)."""
+
+    returns: np.ndarray  # raw, undiscounted
+    lengths: np.ndarray  # environment steps
+    velocity: np.ndarray  # mean forward velocity, m/s
+    first_obs: torch.Tensor  # (n, obs_dim) standardised
+    first_act: torch.Tensor  # (n, act_dim)
+
+
+@torch.no_grad()
+def rollout(policy: Policy, task: Task, targets, seeds, context_len: int, obs_mean, obs_std, bar=None, stop=None) -> Rollouts | None:
+    """Roll the policy out once per (target return, seed), all in lockstep as one batch; None if `stop` was requested meanwhile.
+
+    The context is the last context_len steps, padded and masked as in training; the RTG token starts at target /
+    rtg_scale and falls by every reward. A rollout that has ended leaves the batch.
+    """
+    n, K, device = len(targets), context_len, next(policy.parameters()).device
+    was_training = policy.training
+    policy.eval()
+    simulator = Simulator(task, seeds)
+    obs_mean, obs_std = obs_mean.to(device), obs_std.to(device)
+    # histories start with K - 1 steps of padding, so that the context of step t is always [t, t + K)
+    history = HORIZON + K - 1
+    rtg, obs, act = (torch.zeros(n, history, *size, device=device) for size in ((), (task.obs_dim,), (task.act_dim,)))
+    timestep = torch.arange(1 - K, HORIZON, device=device)
+    alive = np.arange(n)
+    returns, lengths, velocity = np.zeros(n), np.zeros(n, dtype=np.int64), np.zeros(n)
+    observation = simulator.observe(alive)
+    for t in range(HORIZON):
+        rows, now, window = torch.as_tensor(alive, device=device), t + K - 1, slice(t, t + K)
+        obs[rows, now] = (torch.as_tensor(observation, dtype=torch.float32, device=device) - obs_mean) / obs_std
+        remaining = (np.asarray(targets, dtype=np.float64)[alive] - returns[alive]) / task.rtg_scale
+        rtg[rows, now] = torch.as_tensor(remaining, dtype=torch.float32, device=device)
+        times = timestep[window].expand(len(alive), K)
+        a_hat, _ = policy(rtg[rows, window], obs[rows, window], act[rows, window], times.clamp(min=0), times >= 0)
+        act[rows, now] = a_hat[:, -1]
+        observation, reward, terminated, v = simulator.step(alive, a_hat[:, -1].cpu().numpy().astype(np.float64))
+        returns[alive] += reward
+        velocity[alive] += v
+        lengths[alive] += 1
+        alive, observation = alive[~terminated], observation[~terminated]
+        if bar is not None:
+            bar.update()
+            bar.set_postfix_str(f"{len(alive)} of {n} rollouts alive")
+        if len(alive) == 0 or (stop is not None and stop.requested):
+            break
+    simulator.pool.shutdown()
+    policy.train(was_training)
+    if stop is not None and stop.requested:
+        return None
+    return Rollouts(returns, lengths, velocity / lengths, obs[:, K - 1].clone(), act[:, K - 1].clone())
+
+
+# ======== end of shared: rollout ========
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,649 @@
+"""Stage 1 of Q-Align DT: pretrain the critic on the dataset (App. D.2).
+
+    python pretrain_q.py --env hopper-medium-v2
+
+Gym tasks: double-Q SARSA on the dataset's own actions,  y = r + gamma (1 - terminal) min_m Q'_m(s', a').
+AntMaze:   IQL with expectile 0.8,                       y = r + gamma (1 - terminal) V(s').
+Writes runs/<env>__<exp-name>__<seed>/critic.pt, which stage 2 (train_qalign_dt.py) starts from, and report.json: has Q
+reached the level of the data's discounted returns, and does it rank the data by them (Table E.19)?
+Order of the file: Args, critic, losses, main; then the blocks this file shares with the other stages.
+"""
+
+import copy
+import csv
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+import urllib.request
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import filelock
+import h5py
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env: str = "hopper-medium-v2"
+    """<body>-<quality>-<tag>: a D4RL name (tag v2), hopper-mini, or your own tag with --dataset-path"""
+    seed: int = 1
+    """seed of the initial weights and the batches"""
+    dataset_path: tuple[str, ...] = ()
+    """HDF5 file(s) in D4RL's layout to use instead of the download; several are concatenated"""
+    runs_dir: str = "runs"
+    """folder of all runs"""
+    exp_name: str = "pretrain_q"
+    """name of this experiment; the run folder is <runs-dir>/<env>__<exp-name>__<seed>"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to train; auto takes CUDA if there is one"""
+    method: Literal["sarsa", "iql"] | None = None
+    """how the critic is trained (default: iql for AntMaze, sarsa for everything else)"""
+    total_steps: int | None = None
+    """gradient steps (default 2,000,000)"""
+    warm_start_steps: int | None = None
+    """the first of these steps regress on discounted returns-to-go (default 0, or half of a SARSA run that is too short to reach Q's level)"""
+    batch_size: int = 512
+    """transitions per gradient step"""
+    critic_width: int | None = None
+    """hidden width of the critic (default 256)"""
+    lr: float | None = None
+    """Adam learning rate (default 1e-4)"""
+    tau: float = 0.005
+    """step of the target critic's moving average, every 2nd gradient step"""
+    checkpoint_minutes: float = 2.0
+    """wall-clock time between resume.pt files; the result of a run does not depend on it"""
+
+
+GAMMA, EXPECTILE, TARGET_EVERY, HELD_OUT, LOG_EVERY = 0.99, 0.8, 2, 0.05, 1000
+PAPER_SIZE = dict(total_steps=2_000_000, critic_width=256, lr=1e-4)
+MINI_SIZE = dict(total_steps=10_000, critic_width=128, lr=3e-4)  # hopper-mini, for two CPU cores; each entry deviates
+
+
+def resolve(args: Args, task: "Task") -> dict:
+    """Args with every default filled in: the configuration that checkpoints store. Exits 2 on a value that cannot work."""
+    cfg = {"method": "iql" if task.body == "antmaze" else "sarsa"} | PAPER_SIZE | (MINI_SIZE if task.quality == "mini" else {})
+    cfg |= {k: v for k, v in asdict(args).items() if v is not None}
+    for name in ("dataset_path", "runs_dir", "checkpoint_minutes"):
+        cfg.pop(name, None)  # where things are and how often they are saved do not define a run
+    for name in ("total_steps", "batch_size", "critic_width"):
+        if cfg[name] < 1:
+            fail(f"--{name.replace('_', '-')} {cfg[name]}: must be at least 1")
+    if not 0 < cfg["lr"] < math.inf or not 0 < cfg["tau"] <= 1:
+        fail("--lr must be positive and finite, --tau in (0, 1]")
+    # Q' climbs to its level with time constant 1 / (tau per step (1 - gamma)): 40,000 steps with the release's tau. A
+    # shorter SARSA run than three of them starts by regression, which needs no climbing, and only ends with SARSA.
+    enough = 3 * TARGET_EVERY / (cfg["tau"] * (1 - GAMMA))
+    cfg.setdefault("warm_start_steps", cfg["total_steps"] // 2 if cfg["method"] == "sarsa" and cfg["total_steps"] < enough else 0)
+    if not 0 <= cfg["warm_start_steps"] <= cfg["total_steps"]:
+        fail(f"--warm-start-steps {cfg['warm_start_steps']}: must be between 0 and --total-steps {cfg['total_steps']}")
+    return cfg
+
+
+# ======== shared: critic (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
+
+
+class DoubleQ(nn.Module):
+    """Two independent Q networks: three hidden layers, Mish, linear output (App. D.1).
+
+    Call with obs (..., obs_dim) standardised and act (..., act_dim); returns (2, ...), raw discounted return, gamma 0.99.
+    Always float32 with TF32 off: the alignment signal is the sign of a small difference of two large numbers.
+    """
+
+    def __init__(self, obs_dim: int, act_dim: int, width: int):
+        super().__init__()
+        self.q1, self.q2 = mlp(obs_dim + act_dim, width), mlp(obs_dim + act_dim, width)
+
+    def forward(self, obs, act):
+        x = torch.cat([obs, act], dim=-1)
+        return torch.stack([self.q1(x), self.q2(x)]).squeeze(-1)
+
+
+def mlp(inputs: int, width: int) -> nn.Sequential:
+    layers = []
+    for n in (inputs, width, width):
+        layers += [nn.Linear(n, width), nn.Mish()]
+    return nn.Sequential(*layers, nn.Linear(width, 1))
+
+
+# ======== end of shared: critic ========
+
+
+class Transitions:
+    """The whole dataset on the training device. A transition is its row i; s' and a' are row i + 1 of the same episode."""
+
+    def __init__(self, data: "Dataset", task: "Task", device: torch.device):
+        ends, rewards = np.repeat(data.ends, data.lengths), data.rewards + task.critic_reward_shift
+        self.obs = (torch.as_tensor(data.observations).to(device) - data.obs_mean.to(device)) / data.obs_std.to(device)
+        self.act, self.reward, self.terminal = (torch.as_tensor(x).to(device) for x in (data.actions, rewards, data.terminals))
+        self.ends = torch.as_tensor(ends).to(device)
+        returns, to_last = discounted_returns(rewards, data.ends)
+        self.returns, self.to_last = (torch.as_tensor(x, dtype=torch.float32).to(device) for x in (returns, to_last))
+        # A timeout's last transition has neither s' nor a' in the dataset: leave it out (the release calls it terminal).
+        usable = np.ones(len(ends), bool)
+        usable[data.ends - 1] = data.terminals[data.ends - 1]
+        held_out = np.zeros(len(data.ends), bool)
+        held_out[np.random.default_rng(0).permutation(len(data.ends))[: int(HELD_OUT * len(data.ends))]] = True
+        held_out = np.repeat(held_out, data.lengths)
+        self.train, self.held_out = (torch.as_tensor(np.flatnonzero(usable & part)).to(device) for part in (~held_out, held_out))
+        # where the episode's end cuts less than 1% of the discounting off, or is the MDP's own end, the return is known
+        terminal_episode = np.repeat(data.terminals[data.ends - 1], data.lengths)
+        self.known = torch.as_tensor(np.flatnonzero(terminal_episode | (ends - np.arange(len(ends)) > math.log(0.01) / math.log(GAMMA))))
+
+
+def discounted_returns(rewards: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each transition: sum of gamma^k r over the rest of its episode (N,), and gamma^(steps to the last transition) (N,)."""
+    lengths = np.diff(ends, prepend=0)
+    returns = rewards.astype(np.float64)
+    for k in range(1, lengths.max()):  # all episodes at once, k steps before their last transition
+        i = ends[lengths > k] - 1 - k
+        returns[i] += GAMMA * returns[i + 1]
+    return returns, GAMMA ** (np.repeat(ends, lengths) - 1 - np.arange(len(rewards)))
+
+
+def sarsa_target(target_critic: DoubleQ, data: Transitions, i: torch.Tensor) -> torch.Tensor:
+    """y = r + gamma (1 - terminal) min_m Q'_m(s', a') for rows i (B,) -> (B,)."""
+    following = (i + 1).clamp(max=len(data.reward) - 1)  # a terminal row has no successor, and its factor is 0
+    q_next = target_critic(data.obs[following], data.act[following]).amin(dim=0)
+    return data.reward[i] + GAMMA * ~data.terminal[i] * q_next
+
+
+def return_target(target_critic: DoubleQ, data: Transitions, i: torch.Tensor) -> torch.Tensor:
+    """The discounted return-to-go of rows i (B,); an episode cut by a timeout goes on with min_m Q'_m of its last transition."""
+    last = data.ends[i] - 1
+    q_last = target_critic(data.obs[last], data.act[last]).amin(dim=0)
+    return data.returns[i] + data.to_last[i] * ~data.terminal[last] * (q_last - data.reward[last])
+
+
+def expectile_loss(u: torch.Tensor) -> torch.Tensor:
+    """IQL's mean |expectile - 1{u < 0}| u^2."""
+    return ((EXPECTILE - (u < 0).float()).abs() * u**2).mean()
+
+
+def td_loss(critic: DoubleQ, data: Transitions, i: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """MSE(Q_1, y) + MSE(Q_2, y) at rows i, and the mean of Q_1."""
+    q = critic(data.obs[i], data.act[i])
+    return ((q - y) ** 2).mean(dim=1).sum(), q[0].detach().mean()
+
+
+@torch.no_grad()
+def report(critic, target_critic, value, data: Transitions, cfg: dict) -> dict:
+    """How good the critic is, on up to 100,000 transitions: held-out TD loss, Q against known returns, their rank correlation."""
+    from scipy.stats import spearmanr
+
+    def some(rows):  # a fixed, even choice
+        return rows[:: max(1, -(-len(rows) // 100_000))].to(data.obs.device)
+
+    def q_of(rows):
+        return torch.cat([critic(data.obs[i], data.act[i]).amin(dim=0) for i in rows.split(4096)]) if len(rows) else rows.float()
+
+    held_out = some(data.held_out if len(data.held_out) else data.train)
+    td = []
+    for i in held_out.split(4096):
+        y = sarsa_target(target_critic, data, i) if cfg["method"] == "sarsa" else iql_target(value, data, i)
+        td.append(td_loss(critic, data, i, y)[0] * len(i))
+    known = some(data.known)
+    q, returns = q_of(known).cpu().double(), data.returns[known].cpu().double()
+    has_known = len(known) > 1
+    return {
+        "td_loss": float(sum(td) / max(len(held_out), 1)),
+        "td_loss_on": "held-out episodes" if len(data.held_out) else "training episodes (too few to hold some out)",
+        "q_mean": float(q.mean()) if has_known else None,
+        "return_mean": float(returns.mean()) if has_known else None,
+        "spearman_q_vs_return": float(spearmanr(q, returns).statistic) if has_known else None,
+        "q_abs_mean": float(q_of(some(torch.arange(len(data.reward)))).abs().mean()),
+    }
+
+
+def iql_target(value: nn.Module, data: Transitions, i: torch.Tensor) -> torch.Tensor:
+    """y = r + gamma (1 - terminal) V(s') for rows i (B,) -> (B,)."""
+    following = (i + 1).clamp(max=len(data.reward) - 1)
+    return data.reward[i] + GAMMA * ~data.terminal[i] * value(data.obs[following]).squeeze(-1)
+
+
+@torch.no_grad()
+def ema_update(target: nn.Module, online: nn.Module, tau: float) -> None:
+    """target <- (1 - tau) target + tau online."""
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
+
+
+def main() -> None:
+    sys.stdout.reconfigure(line_buffering=True)
+    args = tyro.cli(Args, description=__doc__)
+    task, device = parse_env(args.env), pick_device(args.device)
+    cfg = resolve(args, task)
+    dataset = read_dataset(task, args.dataset_path)
+    cfg["device"] = device.type  # the random streams of CPU and CUDA differ, so a run stays on one kind
+    folder = Path(args.runs_dir) / f"{args.env}__{args.exp_name}__{args.seed}"
+    if check_same_run(folder, "critic.pt", "pretrain_q", cfg, dataset.hash):
+        return print(f"{folder}/critic.pt is finished ({cfg['total_steps']:,} steps); nothing to do (another run: --exp-name)")
+    data = Transitions(dataset, task, device)
+    if not len(data.train):
+        fail(f"{dataset.label}: no transition with a successor or a terminal in it; the critic needs longer episodes")
+
+    lock = claim(folder)
+    print(f"{folder}: {dataset.label}, {len(data.train):,} training transitions, {cfg['method']}, {cfg['total_steps']:,} steps")
+    if cfg["warm_start_steps"]:
+        print(f"the first {cfg['warm_start_steps']:,} steps regress on discounted returns-to-go: this is not the paper's pure {cfg['method']}")
+    torch.set_float32_matmul_precision("highest")  # no TF32
+    torch.manual_seed(args.seed)
+    critic = DoubleQ(task.obs_dim, task.act_dim, cfg["critic_width"]).to(device)
+    target_critic = copy.deepcopy(critic).requires_grad_(False)
+    value = mlp(task.obs_dim, cfg["critic_width"]).to(device)  # V(s), used by IQL only
+    opt = torch.optim.Adam([*critic.parameters(), *(value.parameters() if cfg["method"] == "iql" else ())], lr=cfg["lr"])
+    parts = dict(critic=critic, target_critic=target_critic, value=value, opt=opt)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    meters = torch.zeros(3, device=device)  # sums since the last log line: q_loss, q_mean, v_loss
+    first_bad = torch.full((), -1, dtype=torch.int64, device=device)  # first step whose loss was not finite
+    step = 0
+    if state := load_resume(folder, "pretrain_q", cfg, dataset.hash):
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        step = state["step"]
+        meters.copy_(state["meters"])
+        restore_rng(state["rng"], generator)
+        print(f"continuing at step {step:,}")
+    metrics = MetricsLog(folder / "metrics.csv", ["step", "q_loss", "q_mean", "v_loss"], step)
+
+    def save_resume() -> None:
+        if first_bad >= 0:  # never overwrite the last good checkpoint with what a NaN has touched
+            fail(f"step {int(first_bad) + 1}: the loss became NaN or infinite; stopped, {folder}/resume.pt is the last good state; try a lower --lr", code=1)
+        save_checkpoint(folder / "resume.pt", dict(
+            stage="pretrain_q", format=FORMAT, config=cfg, data=dataset.summary(), step=step, meters=meters,
+            rng=rng_state(generator), **{name: part.state_dict() for name, part in parts.items()},
+        ))  # fmt: skip
+
+    stop, saved = StopSignal(), time.monotonic()
+    bar = tqdm(total=cfg["total_steps"], initial=step, unit="step", desc=f"critic ({cfg['method']})", dynamic_ncols=True)
+    while step < cfg["total_steps"] and not stop.requested:
+        i = data.train[torch.randint(len(data.train), (cfg["batch_size"],), generator=generator, device=device)]
+        v_loss = torch.zeros((), device=device)
+        with torch.no_grad():
+            if step < cfg["warm_start_steps"]:
+                y = return_target(target_critic, data, i)
+            elif cfg["method"] == "sarsa":
+                y = sarsa_target(target_critic, data, i)
+            else:
+                y = iql_target(value, data, i)
+        if cfg["method"] == "iql":
+            with torch.no_grad():
+                q = target_critic(data.obs[i], data.act[i]).amin(dim=0)
+            v_loss = expectile_loss(q - value(data.obs[i]).squeeze(-1))
+        q_loss, q_mean = td_loss(critic, data, i, y)
+        opt.zero_grad()
+        (q_loss + v_loss).backward()
+        opt.step()
+        if step % TARGET_EVERY == 0:
+            ema_update(target_critic, critic, cfg["tau"])
+
+        values = torch.stack([q_loss.detach(), q_mean, v_loss.detach()])
+        meters += values
+        first_bad = torch.where((first_bad < 0) & ~values.isfinite().all(), step, first_bad)
+        step += 1
+        bar.update()
+        if step % LOG_EVERY == 0 or step == cfg["total_steps"]:
+            if first_bad >= 0:
+                save_resume()  # says so and stops
+            row = dict(zip(("q_loss", "q_mean", "v_loss"), (meters / ((step - 1) % LOG_EVERY + 1)).tolist()))
+            meters.zero_()
+            metrics.write({"step": step, **row})
+            bar.set_postfix_str(f"td {row['q_loss']:.3g} q {row['q_mean']:.1f}" + (f" v {row['v_loss']:.3g}" if cfg["method"] == "iql" else ""))
+        if time.monotonic() - saved > args.checkpoint_minutes * 60:
+            save_resume()
+            saved = time.monotonic()
+    bar.close()
+    save_resume()
+    metrics.close()
+    if step < cfg["total_steps"]:
+        print(f"stopped at step {step:,} of {cfg['total_steps']:,}; the same command continues from there")
+        sys.exit(130)
+    result = report(critic, target_critic, value, data, cfg)
+    save_checkpoint(folder / "critic.pt", dict(
+        stage="pretrain_q", format=FORMAT, env=args.env, config=cfg, step=step, data=dataset.summary(),
+        obs_mean=dataset.obs_mean, obs_std=dataset.obs_std, critic=critic.state_dict(), report=result,
+    ))  # fmt: skip
+    (folder / "report.json").write_text(json.dumps({"env": args.env, "data": dataset.summary(), "config": cfg, **result}, indent=2) + "\n")
+    lock.release()
+    print(f"TD loss {result['td_loss']:.4g} on {result['td_loss_on']}")
+    if result["q_mean"] is not None:
+        print(f"mean Q {result['q_mean']:.2f}, mean discounted return of the same transitions {result['return_mean']:.2f} (has Q reached its level?)")
+        print(f"Spearman correlation of Q and discounted return {result['spearman_q_vs_return']:.3f}")
+    print(f"{folder}/critic.pt")
+
+
+# ======== shared: setup (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
+
+FORMAT = 1  # of the checkpoint files
+HORIZON = 1000  # steps after which Gymnasium and D4RL cut an episode
+
+
+def fail(message: str, code: int = 2):
+    """One line on stderr that says what is wrong, where, and what to do; then exit."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a name <body>-<quality>-<tag> stands for. RTG ranges are normalised, targets and references raw returns."""
+
+    name: str
+    body: str
+    quality: str
+    tag: str
+    env_id: str | None  # Gymnasium's simulator; None: there is none, training only
+    obs_dim: int
+    act_dim: int
+    ref_min: float  # D4RL's reference returns, of a random and of an expert policy
+    ref_max: float
+    rtg_scale: float
+    rtg_range: tuple[float, float]  # the release's, for D4RL data
+    high_targets: tuple[float, ...]  # the release's evaluation targets, for D4RL data
+    critic_reward_shift: float = 0.0  # AntMaze: the critic sees r - 1, as in IQL
+
+    def score(self, returns):
+        """D4RL score: 0 for a random policy's return, 100 for an expert's."""
+        return 100 * (returns - self.ref_min) / (self.ref_max - self.ref_min)
+
+
+BODIES = {
+    "hopper": ("Hopper-v4", 11, 3, -20.272305, 3234.3, 1000.0, (-1.0, 4.0), (1800.0, 3600.0, 4000.0)),
+    "halfcheetah": ("HalfCheetah-v4", 17, 6, -280.178953, 12135.0, 1000.0, (-1.0, 25.0), (12000.0, 24000.0)),
+    "walker2d": ("Walker2d-v4", 17, 6, 1.629008, 4592.3, 1000.0, (-1.0, 20.0), (5000.0, 6000.0, 10000.0)),
+    "ant": ("Ant-v4", 111, 8, -325.6, 3879.7, 1000.0, (-1.0, 10.0), (5000.0, 10000.0)),
+    "antmaze": (None, 29, 8, 0.0, 1.0, 1.0, (0.0, 1.0), (0.8, 0.9, 1.0, 100.0), -1.0),
+}
+QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "expert")
+MAZES = {  # D4RL's file names
+    "umaze": "u-maze_noisy_multistart_False_multigoal_False", "umaze-diverse": "u-maze_noisy_multistart_True_multigoal_True",
+    "medium-play": "big-maze_noisy_multistart_True_multigoal_False", "medium-diverse": "big-maze_noisy_multistart_True_multigoal_True",
+    "large-play": "hardest-maze_noisy_multistart_True_multigoal_False", "large-diverse": "hardest-maze_noisy_multistart_True_multigoal_True",
+}  # fmt: skip
+
+
+def parse_env(name: str) -> Task:
+    """The task of an --env name; exits 2 on an unknown one, naming the closest."""
+    body, _, rest = name.partition("-")
+    quality, _, tag = rest.rpartition("-")
+    if name == "hopper-mini":
+        quality, tag = "mini", "mini"
+    known = MAZES if body == "antmaze" else (*QUALITIES, "mixed")  # "mixed": medium-replay's name before v2
+    if body in BODIES and re.fullmatch(r"[A-Za-z0-9_.]+", tag) and (name == "hopper-mini" or (quality in known and (quality, tag) != ("mixed", "v2"))):
+        return Task(name, body, quality, tag, *BODIES[body])
+    names = [f"{b}-{q}-v2" for b in BODIES for q in (MAZES if b == "antmaze" else QUALITIES)] + ["hopper-mini"]
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
+    fail(f"unknown --env {name!r}: did you mean {', '.join(close)}? (<body>-<quality>-<tag>; any tag but v2 is your own data)")
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one; exits 2 where CUDA is asked for and missing."""
+    if name == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: torch finds no CUDA device here; use --device cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def save_checkpoint(path: Path, payload: dict) -> None:
+    """Write a checkpoint whole or not at all."""
+    torch.save(payload, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def load_checkpoint(path: Path, stage: str) -> dict:
+    """Read a checkpoint of one stage onto the CPU, without unpickling; exits 2 on anything else."""
+    if not path.is_file():
+        fail(f"{path}: no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # torch raises a dozen kinds for truncated, foreign and pickled files
+        fail(f"{path}: not a readable checkpoint (truncated, or not written by {stage}.py)")
+    if not isinstance(checkpoint, dict) or checkpoint.get("stage") != stage:
+        found = checkpoint.get("stage") if isinstance(checkpoint, dict) else None
+        fail(f"{path}: a checkpoint of {found or 'something else'}, not of {stage}.py")
+    if checkpoint.get("format") != FORMAT:
+        fail(f"{path}: checkpoint format {checkpoint.get('format')}, this version reads {FORMAT}; train it again")
+    return checkpoint
+
+
+def tensor_hash(tensors) -> str:
+    """First 16 hex digits of the SHA-256 of some arrays' or tensors' shapes and bytes."""
+    digest = hashlib.sha256()
+    for x in tensors:
+        x = np.ascontiguousarray(x)
+        digest.update(f"{x.shape}{x.dtype}".encode())
+        digest.update(x.view(np.uint8).data if x.size else b"")
+    return digest.hexdigest()[:16]
+
+
+# ======== end of shared: setup ========
+
+# ======== shared: dataset (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
+
+D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
+
+
+@dataclass
+class Dataset:
+    """Transitions of complete episodes, one episode after the other (N transitions, E episodes)."""
+
+    observations: np.ndarray  # (N, obs_dim) float32, raw
+    actions: np.ndarray  # (N, act_dim) float32, in [-1, 1]
+    rewards: np.ndarray  # (N,) float32, raw
+    terminals: np.ndarray  # (N,) bool: the MDP ended; the other episodes end by timeout
+    ends: np.ndarray  # (E,) int64, exclusive
+    files: list[str]
+    is_d4rl: bool  # D4RL's own file; False for everything given with --dataset-path or found in data/
+    hash: str
+    label: str  # how plots, logs and JSON call the data
+
+    def __post_init__(self):
+        self.starts = np.concatenate([[0], self.ends[:-1]])
+        self.lengths = self.ends - self.starts
+        self.returns = np.add.reduceat(self.rewards, self.starts, dtype=np.float64)  # (E,) undiscounted
+        self.obs_mean = torch.as_tensor(self.observations.mean(axis=0, dtype=np.float64), dtype=torch.float32)
+        self.obs_std = torch.as_tensor(self.observations.std(axis=0, dtype=np.float64) + 1e-6, dtype=torch.float32)
+
+    def summary(self) -> dict:
+        return {"files": self.files, "hash": self.hash, "label": self.label, "is_d4rl": self.is_d4rl}
+
+
+def read_dataset(task: Task, dataset_path: tuple[str, ...]) -> Dataset:
+    """The data of a task from --dataset-path, data/<env>.hdf5 or D4RL (downloaded once); exits 2 on data that cannot be right."""
+    if dataset_path:
+        paths = [Path(p) for p in dataset_path]
+    elif task.tag == "v2":
+        paths = [d4rl_file(task)]
+    else:
+        paths = [Path(__file__).resolve().parent / "data" / f"{task.name}.hdf5"]
+        if not paths[0].is_file():
+            fail(f"--env {task.name} is not a D4RL v2 name and has no {paths[0]}: give its data with --dataset-path FILE")
+    parts = [read_hdf5(path, task) for path in paths]
+    arrays = parts[0] if len(parts) == 1 else [np.concatenate(arrays) for arrays in zip(*parts)]
+    observations, actions, rewards, terminals, episode_end = arrays
+    clipped = int((np.abs(actions) > 1).any(axis=1).sum())
+    if clipped:
+        print(f"warning: clipped {clipped:,} of {len(actions):,} actions to [-1, 1]", file=sys.stderr)
+        actions = actions.clip(-1, 1)
+    ends = np.flatnonzero(episode_end) + 1
+    files, is_d4rl = [path.name for path in paths], not dataset_path and task.tag == "v2"
+    label = f"{task.name} (D4RL)" if is_d4rl else f"{task.body} data, not D4RL: {' + '.join(files)}"
+    return Dataset(observations, actions, rewards, terminals, ends, files, is_d4rl, tensor_hash([*arrays[:4], ends]), label)
+
+
+def read_hdf5(path: Path, task: Task) -> list[np.ndarray]:
+    """One file in D4RL's layout, checked, without its incomplete last episode: observations, actions, rewards, terminals, episode ends."""
+    if not path.is_file():
+        fail(f"{path}: no such dataset file; check --dataset-path")
+    keys = ("observations", "actions", "rewards", "terminals", "timeouts")
+    try:
+        with h5py.File(path, "r") as f:
+            if missing := [k for k in keys if k not in f]:
+                fail(f"{path}: no key {missing[0]!r}; D4RL's layout has {', '.join(keys)}")
+            arrays = [f[k][()] for k in keys]
+    except OSError:
+        fail(f"{path}: truncated, or not an HDF5 file; get it again")
+    N = len(arrays[0])
+    for key, shape, i in zip(keys, ((N, task.obs_dim), (N, task.act_dim), (N,), (N,), (N,)), range(5)):
+        if arrays[i].shape == (*shape, 1):  # rewards and flags may be columns
+            arrays[i] = arrays[i].reshape(N)
+        if arrays[i].shape != shape:
+            fail(f"{path}: {key} has shape {arrays[i].shape}, {task.body} with {N:,} observations needs {shape}")
+    arrays = [np.asarray(x, dtype=np.float32 if i < 3 else bool) for i, x in enumerate(arrays)]
+    for key, x in zip(keys[:3], arrays):
+        if not np.isfinite(x).all():
+            row = int(np.argwhere(~np.isfinite(x))[0][0])
+            fail(f"{path}: {key} has a NaN or infinite value, first in row {row:,}")
+    observations, actions, rewards, terminals, timeouts = arrays
+    if task.body == "ant" and observations[:, 27:].any():
+        fail(f"{path}: the last 84 of Ant's 111 observations are contact forces, zero in D4RL; here they are not, and Ant-v4 has none")
+    episode_end = terminals | timeouts
+    if not episode_end.any():
+        fail(f"{path}: no complete episode (terminals and timeouts are all False)")
+    n = int(np.flatnonzero(episode_end)[-1]) + 1
+    return [x[:n] for x in (observations, actions, rewards, terminals, episode_end)]
+
+
+def d4rl_file(task: Task) -> Path:
+    """D4RL's file of a -v2 name in D4RL's cache folder; downloaded if it is not there, and renamed only when it is whole."""
+    if task.body == "antmaze":
+        url = f"{D4RL_URL}/ant_maze_v2/Ant_maze_{MAZES[task.quality]}_sparse_fixed.hdf5"
+    else:
+        url = f"{D4RL_URL}/gym_mujoco_v2/{task.body}_{task.quality.replace('-', '_')}-v2.hdf5"
+    path = Path(os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl" / "datasets") / url.rpartition("/")[2]
+    if path.is_file():
+        return path
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            size = int(response.headers.get("Content-Length") or 0)
+            with open(part, "wb") as f, tqdm(total=size or None, unit="B", unit_scale=True, desc=path.name) as bar:
+                while block := response.read(1 << 20):
+                    f.write(block)
+                    bar.update(len(block))
+        if size and part.stat().st_size != size:
+            raise OSError(f"{part.stat().st_size:,} of {size:,} bytes arrived")
+        h5py.File(part, "r").close()
+        os.replace(part, path)
+    except (OSError, ValueError) as error:  # URLError, HTTPError and h5py's errors are OSErrors
+        fail(f"cannot download {url} ({error}); put the file at {path}, or give --dataset-path FILE")
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+# ======== end of shared: dataset ========
+
+# ======== shared: run (the same text in pretrain_q.py, train_qalign_dt.py) ========
+
+
+def check_same_run(folder: Path, file: str, stage: str, cfg: dict, data_hash: str) -> dict | None:
+    """A run is what its configuration says: the checkpoint `file` in folder if it is of this run, None if there is none.
+
+    Exits 2 if the folder holds a run with another configuration or other data. A key that only one side knows is not compared.
+    """
+    for name in (file, "resume.pt"):
+        if not (folder / name).exists():
+            continue
+        found = load_checkpoint(folder / name, stage)
+        theirs, ours = found["config"] | {"data": found["data"]["hash"]}, cfg | {"data": data_hash}
+        if differs := [f"{k} {theirs[k]} there, {ours[k]} here" for k in ours if k in theirs and theirs[k] != ours[k]]:
+            fail(f"{folder} holds another run ({'; '.join(differs)}); choose another --exp-name, or remove the folder")
+        if name == file:
+            return found
+    return None
+
+
+def claim(folder: Path) -> filelock.FileLock:
+    """Make the run folder and lock it for this process, until it ends in whatever way; exits 2 if another one writes there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        fail(f"{folder}: another process is writing this run; wait for it, or choose another --exp-name")
+    except OSError as error:
+        fail(f"{folder}: cannot write there ({error.strerror or error}); choose another --runs-dir")
+    return lock
+
+
+def load_resume(folder: Path, stage: str, cfg: dict, data_hash: str) -> dict | None:
+    """What resume.pt holds, if there is one (checked again: the folder is locked only now)."""
+    if not (folder / "resume.pt").exists():
+        return None
+    check_same_run(folder, "resume.pt", stage, cfg, data_hash)
+    return load_checkpoint(folder / "resume.pt", stage)
+
+
+def rng_state(generator: torch.Generator) -> dict:
+    """All random streams of a run: ours, and torch's global ones, which dropout draws from."""
+    cuda = torch.cuda.get_rng_state() if generator.device.type == "cuda" else None
+    return {"generator": generator.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def restore_rng(state: dict, generator: torch.Generator) -> None:
+    generator.set_state(state["generator"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+class StopSignal:
+    """Turns the first Ctrl-C or SIGTERM into a flag that the training loop reads between two steps; a second one stops at once."""
+
+    def __init__(self):
+        self.requested = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.request)
+
+    def request(self, number, frame):
+        self.requested = True
+        signal.signal(number, signal.SIG_DFL)
+
+
+class MetricsLog:
+    """A CSV file and TensorBoard scalars. On resuming, rows after the step that the checkpoint knows are dropped."""
+
+    def __init__(self, path: Path, fields: list[str], last_step: int):
+        from torch.utils.tensorboard import SummaryWriter  # imported here: it takes a second
+
+        rows = []
+        if path.exists():
+            with open(path, newline="") as f:
+                rows = [row for row in csv.DictReader(f) if int(row["step"]) <= last_step]
+        with open(f"{path}.tmp", "w", newline="") as f:
+            writer = csv.DictWriter(f, fields)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(f"{path}.tmp", path)
+        self.file = open(path, "a", newline="")
+        self.csv = csv.DictWriter(self.file, fields)
+        self.tensorboard = SummaryWriter(path.parent / "tensorboard" / path.stem, purge_step=last_step + 1 if last_step > 0 else None)
+
+    def write(self, row: dict) -> None:
+        self.csv.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        self.file.flush()
+        for name, value in row.items():
+            if name != "step":
+                self.tensorboard.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        self.file.close()
+        self.tensorboard.close()
+
+
+# ======== end of shared: run ========
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1094 @@
+"""Stage 2 of Q-Align DT: co-train a return-conditioned policy and its critic (Algorithm 1).
+
+    python train_qalign_dt.py --env hopper-medium-v2
+
+Reads the dataset and stage 1's critic.pt; writes runs/<env>__<exp-name>__<seed>/ with policy.pt (last step),
+policy_best.pt (best periodic evaluation), resume.pt, metrics.csv and TensorBoard events. One step of `main` is
+    Eq. 7       critic_loss   the critic regresses on what the target policy answers to a request raised by Delta_RTG
+    Eq. 5       actor_loss    asking for more (less) return by a random delta must not lower (raise) Q
+    Eq. 6       actor_loss    ... beside the supervised loss on states and actions, weighted by lambda_e
+    Alg. 1 (11) ema_update    both target networks follow
+from "Return-to-Go Is More Than a Number" (ICML 2026), whose equation and appendix numbers this file uses.
+Order of the file: Args, policy, critic, windows, losses, main; then the blocks this file shares with the other stages.
+"""
+
+import copy
+import csv
+import difflib
+import hashlib
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import filelock
+import gymnasium
+import h5py
+import mujoco
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env: str = "hopper-medium-v2"
+    """<body>-<quality>-<tag>: a D4RL name (tag v2), hopper-mini, or your own tag with --dataset-path"""
+    seed: int = 1
+    """seed of the initial weights, the windows, the perturbations and the evaluation episodes"""
+    dataset_path: tuple[str, ...] = ()
+    """HDF5 file(s) in D4RL's layout to use instead of the download; several are concatenated"""
+    runs_dir: str = "runs"
+    """folder of all runs"""
+    exp_name: str = "train_qalign_dt"
+    """name of this experiment; the run folder is <runs-dir>/<env>__<exp-name>__<seed>"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to train; auto takes CUDA if there is one"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """the transformer's arithmetic; auto: bfloat16 on CUDA and on CPUs with AMX. The critic is always float32"""
+    critic: str = ""
+    """stage 1's critic.pt (default: the one of this env and seed, trained first if it is missing)"""
+    critic_steps: int | None = None
+    """--total-steps of stage 1 if this script has to start it (default: stage 1's own)"""
+    total_steps: int | None = None
+    """gradient steps N of the run; the learning rates fall to 0 over them (default 100,000; 0 saves the untrained policy)"""
+
+    embed_dim: int | None = None
+    """width of the transformer (default 256)"""
+    n_layer: int | None = None
+    """number of transformer blocks (default 4)"""
+    n_head: int | None = None
+    """attention heads per block (default 4)"""
+    context_len: int | None = None
+    """K, the window length in environment steps (default 20, so 60 tokens)"""
+    batch_size: int | None = None
+    """windows per gradient step (default 256)"""
+    critic_width: int | None = None
+    """hidden width of the critic; must be that of --critic (default 256)"""
+
+    lambda_e: float | None = None
+    """weight of the alignment loss, Eq. 6 (default: Table D.8); 0 trains a DT with convolution, without any critic"""
+    sigma_e: float | None = None
+    """std of the RTG perturbation delta, in units of --env's normalised RTG, Eq. 5 (default: Table D.8)"""
+    delta_rtg: float | None = None
+    """Delta_RTG, by how much the critic's target raises the request, normalised RTG, Eq. 7 (default: Table D.8)"""
+    alignment: Literal["one-sided", "symmetric", "squared"] = "one-sided"
+    """form of the penalty: Eq. 5, or one of the two variants of Table E.11"""
+    conv: bool = True
+    """causal convolution after W_q, W_k, W_v (App. D.1); --no-conv --lambda-e 0 is the vanilla Decision Transformer"""
+    update_q: bool = True
+    """co-train the critic; --no-update-q keeps stage 1's (Table E.10)"""
+    q_noise: float = 0.0
+    """std sigma_n, in raw Q units, of the noise added to the target critic (Table E.13)"""
+    rtg_range: tuple[float, float] | Literal["off"] | None = None
+    """LO HI: perturbed windows start with an RTG in here (default: the release's range for D4RL data, else the data's own)"""
+
+    actor_lr: float | None = None
+    """Adam learning rate of the policy, with L2 1e-4 (default 3e-4)"""
+    critic_lr: float | None = None
+    """Adam learning rate of the critic (default 3e-4)"""
+    tau: float | None = None
+    """step of both moving averages, the target policy and the target critic (default 0.005)"""
+    eval_every: int | None = None
+    """gradient steps between evaluations at high targets (default: a tenth of the run); 0: never"""
+    eval_rollouts: int = 5
+    """episodes per target in those evaluations"""
+    checkpoint_minutes: float = 2.0
+    """wall-clock time between resume.pt files; the result of a run does not depend on it"""
+
+
+# Table D.8: sigma_e, lambda_e, Delta_RTG, the first and the last in normalised RTG. `expert` is trained with
+# medium-expert's row, `random` with medium's, Ant with HalfCheetah's, and every maze of AntMaze shares one row.
+TABLE_D8 = {
+    "walker2d-medium-replay": (10.0, 0.3, 2.0), "walker2d-medium": (10.0, 0.3, 1.0), "walker2d-medium-expert": (10.0, 0.3, 10.0),
+    "halfcheetah-medium-replay": (15.0, 5.0, 5.0), "halfcheetah-medium": (15.0, 5.0, 10.0), "halfcheetah-medium-expert": (15.0, 1.0, 10.0),
+    "hopper-medium-replay": (10.0, 0.3, 0.5), "hopper-medium": (10.0, 0.3, 1.0), "hopper-medium-expert": (10.0, 0.3, 5.0),
+    "antmaze": (5.0, 100.0, 1.0),
+}  # fmt: skip
+PAPER_SIZE = dict(
+    total_steps=100_000, embed_dim=256, n_layer=4, n_head=4, context_len=20, batch_size=256, critic_width=256,
+    actor_lr=3e-4, critic_lr=3e-4, tau=0.005,
+)  # fmt: skip
+# hopper-mini is meant for two CPU cores. Every entry deviates from the paper; sigma_e, lambda_e and Delta_RTG suit data
+# whose returns spread evenly and whose RTG range is the data's own.
+MINI_SIZE = dict(
+    total_steps=5_000, embed_dim=64, n_layer=2, n_head=2, context_len=10, batch_size=64, critic_width=128,
+    actor_lr=1e-3, critic_lr=3e-4, tau=0.005, sigma_e=1.0, lambda_e=0.1, delta_rtg=0.5,
+)  # fmt: skip
+GAMMA, L2, MAX_GRAD_NORM, LOG_EVERY = 0.99, 1e-4, 15.0, 100
+# The release also has, and we leave out: |delta| floored at 0.2 (AntMaze 1); sigma_e annealed by a cosine to 1 from
+# 3 / 3 / 6 (expert 15) / 10 / 5 (hopper / walker2d / halfcheetah / ant / antmaze); LayerNorm in halfcheetah-medium-expert's
+# critic; a target policy that moves every 5th step and only after step 1,000. It does not mask padding; we do.
+
+
+def resolve(args: Args, task: "Task") -> dict:
+    """Args with every default filled in: the configuration that checkpoints store. Exits 2 on a value that cannot work.
+
+    Only what depends on the data is left to main: rtg_range's default, and the length of the timestep embedding.
+    """
+    row = "antmaze" if task.body == "antmaze" else "-".join((
+        {"ant": "halfcheetah"}.get(task.body, task.body),
+        {"expert": "medium-expert", "random": "medium", "mixed": "medium-replay", "mini": "medium-replay"}.get(task.quality, task.quality),
+    ))  # fmt: skip
+    preset = dict(zip(("sigma_e", "lambda_e", "delta_rtg"), TABLE_D8[row])) | PAPER_SIZE | (MINI_SIZE if task.quality == "mini" else {})
+    cfg = preset | {k: v for k, v in asdict(args).items() if v is not None}
+    for name in ("dataset_path", "runs_dir", "critic", "critic_steps", "checkpoint_minutes"):
+        cfg.pop(name, None)  # where things are and how often they are saved do not define a run
+    if cfg.get("rtg_range") == "off":
+        cfg["rtg_range"] = (-math.inf, math.inf)
+    cfg["half_normal"] = task.body == "antmaze"  # D.5: delta = |eps| there
+    cfg.setdefault("eval_every", max(cfg["total_steps"] // 10, 1))
+    if cfg["lambda_e"] == 0:  # a DT: nothing that concerns the critic defines the run
+        for name in ("sigma_e", "delta_rtg", "alignment", "update_q", "q_noise", "rtg_range", "half_normal", "critic_lr", "critic_width", "tau"):
+            cfg.pop(name, None)
+    for name in ("embed_dim", "n_layer", "n_head", "context_len", "batch_size", "critic_width", "eval_rollouts"):
+        if cfg.get(name, 1) < 1:
+            fail(f"--{name.replace('_', '-')} {cfg[name]}: must be at least 1")
+    for name in ("total_steps", "eval_every", "lambda_e", "sigma_e", "q_noise", "actor_lr", "critic_lr"):
+        if not 0 <= cfg.get(name, 0) < math.inf:
+            fail(f"--{name.replace('_', '-')} {cfg[name]}: must be finite and not negative")
+    if not math.isfinite(cfg.get("delta_rtg", 0)) or not 0 < cfg.get("tau", 1) <= 1:
+        fail("--delta-rtg must be finite and --tau in (0, 1]")
+    if cfg["embed_dim"] % cfg["n_head"]:
+        fail(f"--embed-dim {cfg['embed_dim']} is not a multiple of --n-head {cfg['n_head']}")
+    if args.critic_steps is not None and args.critic_steps < 1:
+        fail(f"--critic-steps {args.critic_steps}: must be at least 1")
+    low, high = cfg.get("rtg_range", (0, 1))
+    if not low < high:
+        fail(f"--rtg-range {low:g} {high:g}: the first must be the smaller one")
+    return cfg
+
+
+# ======== shared: policy (the same text in train_qalign_dt.py, evaluate_alignment.py) ========
+
+
+class CausalConv(nn.Module):
+    """Convolution over the token axis, window 6, left-padded by 5 zeros, one each for q, k and v (App. D.1)."""
+
+    def __init__(self, width: int, window: int = 6):
+        super().__init__()
+        self.window = window
+        self.conv = nn.Conv1d(3 * width, 3 * width, window, groups=3)
+
+    def forward(self, x):  # (B, T, 3D) -> (B, T, 3D)
+        return self.conv(F.pad(x.transpose(1, 2), (self.window - 1, 0))).transpose(1, 2)
+
+
+class Block(nn.Module):
+    """Pre-LN transformer block: causal attention, then a GELU MLP of four times the width."""
+
+    def __init__(self, width: int, heads: int, conv: bool, dropout: float):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.conv = CausalConv(width) if conv else nn.Identity()
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout))
+
+    def attend(self, x, keep, mask):  # (B, T, D), (B, T, 1), (B, 1, T, T) -> (B, T, D)
+        B, T, D = x.shape
+        # Padding must not leak: W_q, W_k, W_v have biases, so padded tokens are zeroed again before the convolution,
+        # which then sees the same zeros to the left of a short window as it would without any padding.
+        qkv = self.conv(self.qkv(x) * keep)
+        q, k, v = (y.view(B, T, self.heads, D // self.heads).transpose(1, 2) for y in qkv.split(D, dim=-1))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
+        return F.dropout(self.out(y.transpose(1, 2).reshape(B, T, D)), self.dropout, self.training)
+
+    def forward(self, x, keep, mask):
+        x = x + self.attend(self.norm1(x), keep, mask)
+        return x + self.mlp(self.norm2(x))
+
+
+class Policy(nn.Module):
+    """Decision Transformer over tokens (rtg_0, s_0, a_0, rtg_1, ...) with App. D.1's heads: rtg -> state, state -> action.
+
+    Call with rtg (B, K) normalised, obs (B, K, obs_dim) standardised, act (B, K, act_dim) in [-1, 1], timestep (B, K)
+    int64 in [0, max_timestep) and valid (B, K) bool, False on the left padding; returns a_hat (B, K, act_dim) and
+    s_hat (B, K, obs_dim), both float32. The action at step t depends on no token after s_t, and on no padding.
+    """
+
+    def __init__(self, obs_dim, act_dim, embed_dim, n_layer, n_head, max_timestep, conv=True, dropout=0.1, bf16=False):
+        super().__init__()
+        self.bf16, self.dropout = bf16, dropout
+        self.embed_rtg, self.embed_obs, self.embed_act = (nn.Linear(n, embed_dim) for n in (1, obs_dim, act_dim))
+        self.embed_time = nn.Embedding(max_timestep, embed_dim)
+        self.norm_in, self.norm_out = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
+        self.blocks = nn.ModuleList(Block(embed_dim, n_head, conv, dropout) for _ in range(n_layer))
+        self.action_head, self.state_head = nn.Linear(embed_dim, act_dim), nn.Linear(embed_dim, obs_dim)
+        for module in self.modules():  # GPT-2's initialisation
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def forward(self, rtg, obs, act, timestep, valid):
+        B, K = rtg.shape
+        T = 3 * K
+        keep = valid.repeat_interleave(3, dim=1)  # (B, T)
+        causal = torch.ones(T, T, dtype=torch.bool, device=rtg.device).tril()
+        # a padded query looks at itself, so that no row of the softmax is empty; no valid query looks at padding
+        mask = causal & (keep[:, None, None, :] | torch.eye(T, dtype=torch.bool, device=rtg.device))  # (B, 1, T, T)
+        with torch.autocast(rtg.device.type, torch.bfloat16, enabled=self.bf16):
+            time = self.embed_time(timestep)
+            tokens = (self.embed_rtg(rtg[..., None]) + time, self.embed_obs(obs) + time, self.embed_act(act) + time)
+            x = self.norm_in(torch.stack(tokens, dim=2).view(B, T, -1))  # rtg_0, s_0, a_0, rtg_1, ...
+            x = F.dropout(x, self.dropout, self.training)
+            for block in self.blocks:
+                x = block(x, keep[..., None], mask)
+        # the heads run in float32: Eq. 5 looks at small differences between actions
+        x = self.norm_out(x.float()).view(B, K, 3, -1)
+        return torch.tanh(self.action_head(x[:, :, 1])), self.state_head(x[:, :, 0])
+
+
+def make_policy(task: "Task", cfg: dict, bf16: bool) -> Policy:
+    """The policy that a resolved configuration describes (randomly initialised from torch's global generator)."""
+    return Policy(
+        task.obs_dim, task.act_dim, cfg["embed_dim"], cfg["n_layer"], cfg["n_head"], cfg["max_timestep"], cfg["conv"], bf16=bf16
+    )
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """`auto` is bfloat16 where matrix units take it: on CUDA and on CPUs with AMX."""
+    if precision == "auto":
+        return device.type == "cuda" or getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+    return precision == "bf16"
+
+
+# ======== end of shared: policy ========
+
+# ======== shared: critic (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
+
+
+class DoubleQ(nn.Module):
+    """Two independent Q networks: three hidden layers, Mish, linear output (App. D.1).
+
+    Call with obs (..., obs_dim) standardised and act (..., act_dim); returns (2, ...), raw discounted return, gamma 0.99.
+    Always float32 with TF32 off: the alignment signal is the sign of a small difference of two large numbers.
+    """
+
+    def __init__(self, obs_dim: int, act_dim: int, width: int):
+        super().__init__()
+        self.q1, self.q2 = mlp(obs_dim + act_dim, width), mlp(obs_dim + act_dim, width)
+
+    def forward(self, obs, act):
+        x = torch.cat([obs, act], dim=-1)
+        return torch.stack([self.q1(x), self.q2(x)]).squeeze(-1)
+
+
+def mlp(inputs: int, width: int) -> nn.Sequential:
+    layers = []
+    for n in (inputs, width, width):
+        layers += [nn.Linear(n, width), nn.Mish()]
+    return nn.Sequential(*layers, nn.Linear(width, 1))
+
+
+# ======== end of shared: critic ========
+
+
+class Batch(NamedTuple):
+    """B windows of K steps, left-padded: all zero where not valid."""
+
+    rtg: torch.Tensor  # (B, K) normalised return-to-go
+    obs: torch.Tensor  # (B, K, obs_dim) standardised
+    act: torch.Tensor  # (B, K, act_dim)
+    reward: torch.Tensor  # (B, K) as the critic sees it
+    terminal: torch.Tensor  # (B, K) bool: the MDP ended here (a timeout is not one)
+    timestep: torch.Tensor  # (B, K) index in the episode
+    valid: torch.Tensor  # (B, K) bool
+
+
+class Windows:
+    """The whole dataset on the training device; a batch of windows is index arithmetic on it."""
+
+    def __init__(self, data: "Dataset", task: "Task", obs_mean, obs_std, context_len: int, device: torch.device):
+        ends = np.repeat(data.ends, data.lengths)  # (N,) where the episode of each transition ends (exclusive)
+        total = np.cumsum(data.rewards, dtype=np.float64)
+        rtg = (total[ends - 1] - total + data.rewards) / task.rtg_scale  # sum of r_i from here to the end of the episode
+        self.K = context_len
+        self.obs = ((torch.as_tensor(data.observations).to(device) - obs_mean.to(device)) / obs_std.to(device)).contiguous()
+        self.act = torch.as_tensor(data.actions).to(device)
+        self.rtg = torch.as_tensor(rtg, dtype=torch.float32).to(device)
+        self.reward = torch.as_tensor(data.rewards).to(device) + task.critic_reward_shift
+        self.terminal = torch.as_tensor(data.terminals).to(device)
+        self.end = torch.as_tensor(ends).to(device)
+        self.timestep = torch.as_tensor(np.arange(len(ends)) - np.repeat(data.starts, data.lengths)).to(device)
+        self.offsets = torch.arange(context_len, device=device)
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
+        """Windows [i, min(i + K, T)) of one episode each, i uniform over all transitions."""
+        start = torch.randint(len(self.rtg), (batch_size,), generator=generator, device=self.rtg.device)
+        padding = self.K - torch.clamp(self.end[start] - start, max=self.K)  # (B,)
+        valid = self.offsets >= padding[:, None]  # (B, K)
+        index = torch.where(valid, start[:, None] + self.offsets - padding[:, None], start[:, None])
+        zero = ~valid
+        return Batch(
+            self.rtg[index].masked_fill(zero, 0), self.obs[index].masked_fill(zero[..., None], 0),
+            self.act[index].masked_fill(zero[..., None], 0), self.reward[index].masked_fill(zero, 0),
+            self.terminal[index] & valid, self.timestep[index].masked_fill(zero, 0), valid,
+        )  # fmt: skip
+
+
+def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of x over the positions where mask is True (0 if there is none)."""
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def shift_rtg(rtg, valid, shift, rtg_range):
+    """Move all RTG tokens of a window by one scalar, Eq. 2, such that its first valid RTG stays in rtg_range.
+
+    rtg (B, K), valid (B, K), shift (B, 1) -> shifted rtg (B, K) and the shift that was really applied (B, 1).
+    """
+    first = rtg.gather(1, valid.int().argmax(dim=1, keepdim=True))
+    applied = (first + shift).clamp(*rtg_range) - first
+    return torch.where(valid, rtg + applied, rtg), applied
+
+
+def critic_target(batch: Batch, q_next):
+    """Eq. 7's y_i = r_i + gamma (1 - terminal_i) q_{i+1}, and where it is defined.
+
+    q_next (B, K): min_m Q'_m(s_i, a'_i) at every step of the window -> y (B, K), mask (B, K). A window's last step has no
+    s_{i+1} in it, so it counts only as a true terminal.
+    """
+    after = F.pad(q_next[:, 1:], (0, 1))
+    y = batch.reward + GAMMA * ~batch.terminal * after
+    last = torch.zeros_like(batch.valid)
+    last[:, -1] = True
+    return y, batch.valid & (~last | batch.terminal)
+
+
+def critic_loss(critic, target_critic, target_policy, batch: Batch, cfg: dict, generator: torch.Generator):
+    """L_q of Eq. 7, as the sum of two means. Returns the loss and the mean of Q_1 over the batch."""
+    with torch.no_grad():
+        shift = torch.full_like(batch.rtg[:, :1], cfg["delta_rtg"])
+        raised, _ = shift_rtg(batch.rtg, batch.valid, shift, cfg["rtg_range"])
+        a_raised, _ = target_policy(raised, batch.obs, batch.act, batch.timestep, batch.valid)
+        q_next = target_critic(batch.obs, a_raised).amin(dim=0)  # (B, K)
+        if cfg["q_noise"]:
+            q_next = q_next + cfg["q_noise"] * torch.randn(q_next.shape, generator=generator, device=q_next.device)
+        y, mask = critic_target(batch, q_next)
+    q = critic(batch.obs, batch.act)  # (2, B, K)
+    return sum(masked_mean((q_m - y) ** 2, mask) for q_m in q), masked_mean(q[0].detach(), mask)
+
+
+def supervised_loss(a_hat, s_hat, batch: Batch):
+    """The two halves of L_SL, means over valid steps and dimensions (the paper sums; lambda_e belongs to the release's means)."""
+    return (
+        masked_mean(((a_hat - batch.act) ** 2).mean(dim=-1), batch.valid),
+        masked_mean(((s_hat - batch.obs) ** 2).mean(dim=-1), batch.valid),
+    )
+
+
+def alignment_loss(q_delta, q, sign, valid, kind: str):
+    """L_align, Eq. 5: a penalty where Q moved against the request. Also returns the share of such pairs.
+
+    q_delta, q (2, B, K): Q_m(s_i, a_hat_delta_i) and Q_m(s_i, a_hat_i); sign (B, 1): of the shift really applied.
+    """
+    against = -sign * (q_delta - q.detach())  # (2, B, K)
+    penalty = {"one-sided": F.relu, "symmetric": lambda x: x, "squared": lambda x: F.relu(x) ** 2}[kind](against)
+    return masked_mean(penalty.amin(dim=0), valid), masked_mean((against > 0).all(dim=0).float(), valid)
+
+
+def actor_loss(policy, critic, batch: Batch, cfg: dict, generator: torch.Generator):
+    """L_SL + lambda_e L_align, Eq. 6, and its parts. The gradient reaches the policy through a_hat_delta; Q does not change."""
+    windows = (batch.rtg, batch.obs, batch.act, batch.timestep, batch.valid)
+    if cfg["lambda_e"] == 0:
+        action_loss, state_loss = supervised_loss(*policy(*windows), batch)
+        return action_loss + state_loss, action_loss.detach(), state_loss.detach(), *torch.zeros(2, device=batch.rtg.device)
+    delta = cfg["sigma_e"] * torch.randn(len(batch.rtg), 1, generator=generator, device=batch.rtg.device)  # one per window
+    if cfg["half_normal"]:
+        delta = delta.abs()
+    perturbed, applied = shift_rtg(batch.rtg, batch.valid, delta, cfg["rtg_range"])
+    # clean and perturbed windows in one forward pass; dropout draws an independent mask for each row
+    both = (torch.cat([batch.rtg, perturbed]), *(torch.cat([x, x]) for x in windows[1:]))
+    (a_hat, a_delta), (s_hat, _) = (x.chunk(2) for x in policy(*both))
+    action_loss, state_loss = supervised_loss(a_hat, s_hat, batch)
+    with torch.no_grad():
+        q = critic(batch.obs, a_hat)
+    critic.requires_grad_(False)  # Eq. 5 differentiates Q with respect to the action, not to its own weights
+    q_delta = critic(batch.obs, a_delta)
+    critic.requires_grad_(True)
+    align, violated = alignment_loss(q_delta / cfg["q_scale"], q / cfg["q_scale"], applied.sign(), batch.valid, cfg["alignment"])
+    loss = action_loss + state_loss + cfg["lambda_e"] * align
+    return loss, action_loss.detach(), state_loss.detach(), align.detach(), violated
+
+
+@torch.no_grad()
+def ema_update(target: nn.Module, online: nn.Module, tau: float) -> None:
+    """target <- (1 - tau) target + tau online (Algorithm 1, line 11)."""
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
+
+
+def main() -> None:
+    sys.stdout.reconfigure(line_buffering=True)
+    args = tyro.cli(Args, description=__doc__)
+    task, device = parse_env(args.env), pick_device(args.device)
+    cfg = resolve(args, task)
+    aligned = cfg["lambda_e"] > 0
+    data = read_dataset(task, args.dataset_path)
+    if aligned and "rtg_range" not in cfg:
+        cfg["rtg_range"] = task.rtg_range if data.is_d4rl else tuple(float(r(data.returns)) / task.rtg_scale for r in (np.min, np.max))
+    cfg["max_timestep"] = max(HORIZON, int(data.lengths.max()))
+    cfg["precision"] = "bf16" if use_bf16(args.precision, device) else "fp32"
+    cfg["device"] = device.type  # the random streams of CPU and CUDA differ, so a run stays on one kind
+    folder = Path(args.runs_dir) / f"{args.env}__{args.exp_name}__{args.seed}"
+    critic_path = Path(args.critic) if args.critic else Path(args.runs_dir) / f"{args.env}__pretrain_q__{args.seed}" / "critic.pt"
+    stage1 = load_critic(critic_path, args, cfg, task, data) if aligned and (args.critic or critic_path.exists()) else None
+    finished = check_same_run(folder, "policy.pt", "train_qalign_dt", cfg, data.hash)
+    if finished and finished["finished"]:
+        return print(f"{folder}/policy.pt is finished ({finished['step']:,} steps); nothing to do (another run: --exp-name)")
+    announce_duration(args, cfg, task, device, pretrain=aligned and stage1 is None)
+    if aligned and stage1 is None:
+        pretrain(critic_path, args, cfg)
+        stage1 = load_critic(critic_path, args, cfg, task, data)
+
+    lock = claim(folder)
+    print(f"{folder}: {data.label}, {len(data.rewards):,} transitions, {len(data.ends):,} episodes, returns {data.returns.min():.0f} .. {data.returns.max():.0f}")
+    torch.set_float32_matmul_precision("highest")  # no TF32: float32 is float32, for the critic above all
+    torch.backends.cudnn.allow_tf32 = False
+    torch.manual_seed(args.seed)
+    obs_mean, obs_std = data.obs_mean, data.obs_std
+    windows = Windows(data, task, obs_mean, obs_std, cfg["context_len"], device)
+    policy = make_policy(task, cfg, cfg["precision"] == "bf16").to(device)
+    actor_opt = torch.optim.Adam(policy.parameters(), lr=cfg["actor_lr"], weight_decay=L2)
+    critic = target_critic = critic_opt = None
+    parts = dict(policy=policy, actor_opt=actor_opt)
+    if aligned:
+        target_policy = copy.deepcopy(policy).eval().requires_grad_(False)  # eval: no dropout in the critic's targets
+        critic = DoubleQ(task.obs_dim, task.act_dim, cfg["critic_width"]).to(device)
+        critic.load_state_dict(stage1["critic"])
+        target_critic = copy.deepcopy(critic).requires_grad_(False)
+        critic_opt = torch.optim.Adam(critic.parameters(), lr=cfg["critic_lr"])
+        parts |= dict(target_policy=target_policy, critic=critic, target_critic=target_critic, critic_opt=critic_opt)
+    generator = torch.Generator(device).manual_seed(args.seed)  # windows, deltas and noise; dropout uses the global one
+    names = ["loss", "action_loss", "state_loss", "align_loss", "violated", "q_loss", "q_mean", "actor_grad_norm", "critic_grad_norm"]
+    meters = torch.zeros(len(names), device=device)  # sums since the last log line; fetched every LOG_EVERY steps
+    first_bad = torch.full((), -1, dtype=torch.int64, device=device)  # first step whose loss or gradient was not finite
+    high_targets = task.high_targets if data.is_d4rl else tuple(float(data.returns.max()) * x for x in (1.0, 1.2))
+    step, evaluated, best = 0, -1, -math.inf
+    if state := load_resume(folder, "train_qalign_dt", cfg, data.hash):
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        step, evaluated, best = state["step"], state["evaluated"], state["best"]
+        meters.copy_(state["meters"])
+        restore_rng(state["rng"], generator)
+        print(f"continuing at step {step:,}")
+    metrics = MetricsLog(folder / "metrics.csv", ["step", *names, "actor_lr"], step)
+    evaluations = MetricsLog(folder / "evaluations.csv", ["step", *(f"score_at_{t:.0f}" for t in high_targets)], evaluated)
+
+    def save_policy(path: Path, **extra) -> None:  # all that later stages need
+        save_checkpoint(path, dict(
+            stage="train_qalign_dt", format=FORMAT, env=args.env, config=cfg, step=step, data=data.summary(),
+            obs_mean=obs_mean, obs_std=obs_std, episode_returns=torch.as_tensor(data.returns),
+            policy=policy.state_dict(), critic=critic.state_dict() if aligned else None, **extra,
+        ))  # fmt: skip
+
+    def save_resume(finished: bool = False) -> None:
+        if first_bad >= 0:  # never overwrite the last good checkpoint with what a NaN has touched
+            fail(f"step {int(first_bad) + 1}: the loss or its gradient became NaN or infinite; stopped, {folder}/resume.pt is the last good state; try a lower --actor-lr or --lambda-e", code=1)
+        save_checkpoint(folder / "resume.pt", dict(
+            stage="train_qalign_dt", format=FORMAT, config=cfg, data=data.summary(), step=step, evaluated=evaluated, best=best,
+            meters=meters, rng=rng_state(generator), **{name: part.state_dict() for name, part in parts.items()},
+        ))  # fmt: skip
+        save_policy(folder / "policy.pt", finished=finished)
+
+    stop, saved = StopSignal(), time.monotonic()
+    bar = tqdm(total=cfg["total_steps"], initial=step, unit="step", desc="co-training" if aligned else "training", dynamic_ncols=True)
+    while True:
+        if cfg["eval_every"] and evaluated < step and (step % cfg["eval_every"] == 0 or step == cfg["total_steps"]) and task.env_id:
+            save_resume()  # an evaluation can take minutes
+            scores = evaluate(policy, task, high_targets, cfg, obs_mean, obs_std, args.seed, stop)
+            if scores is None:
+                break
+            evaluated = step
+            if max(scores) > best:
+                best = max(scores)
+                save_policy(folder / "policy_best.pt", score=best)
+            evaluations.write({"step": step, **{f"score_at_{t:.0f}": s for t, s in zip(high_targets, scores)}})
+            bar.write(f"step {step:,}: score " + ", ".join(f"{s:.1f} at target {t:.0f}" for t, s in zip(high_targets, scores)))
+        if step == cfg["total_steps"] or stop.requested:
+            break
+        lr_factor = 0.5 * (1 + math.cos(math.pi * step / cfg["total_steps"]))
+        for opt, lr in ((actor_opt, cfg["actor_lr"]), (critic_opt, cfg.get("critic_lr"))):
+            for group in opt.param_groups if opt else ():
+                group["lr"] = lr * lr_factor
+
+        # ---- Algorithm 1, one step ----
+        batch = windows.sample(cfg["batch_size"], generator)  # lines 3-4
+        q_loss = q_mean = critic_norm = torch.zeros((), device=device)
+        if aligned and cfg["update_q"]:  # lines 5-6
+            q_loss, q_mean = critic_loss(critic, target_critic, target_policy, batch, cfg, generator)
+            critic_opt.zero_grad()
+            q_loss.backward()
+            critic_norm = nn.utils.clip_grad_norm_(critic.parameters(), MAX_GRAD_NORM)
+            critic_opt.step()
+        loss, action_loss, state_loss, align_loss, violated = actor_loss(policy, critic, batch, cfg, generator)  # lines 7-9
+        actor_opt.zero_grad()
+        loss.backward()
+        actor_norm = nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
+        actor_opt.step()  # line 10
+        if aligned and cfg["update_q"]:  # line 11
+            ema_update(target_policy, policy, cfg["tau"])
+            ema_update(target_critic, critic, cfg["tau"])
+
+        values = torch.stack([loss.detach(), action_loss, state_loss, align_loss, violated, q_loss.detach(), q_mean, actor_norm, critic_norm])
+        meters += values
+        first_bad = torch.where((first_bad < 0) & ~values.isfinite().all(), step, first_bad)
+        step += 1
+        bar.update()
+        if step % LOG_EVERY == 0 or step == cfg["total_steps"]:
+            if first_bad >= 0:
+                save_resume()  # says so and stops
+            row = dict(zip(names, (meters / ((step - 1) % LOG_EVERY + 1)).tolist()))
+            meters.zero_()
+            metrics.write({"step": step, **row, "actor_lr": cfg["actor_lr"] * lr_factor})
+            bar.set_postfix_str(
+                f"a {row['action_loss']:.4f} s {row['state_loss']:.3f}"
+                + (f" align {row['align_loss']:.3f} viol {row['violated']:.0%} q {row['q_mean']:.1f} td {row['q_loss']:.2g}" if aligned else "")
+            )
+        if time.monotonic() - saved > args.checkpoint_minutes * 60:
+            save_resume()
+            saved = time.monotonic()
+    bar.close()
+    save_resume(finished=not stop.requested)
+    metrics.close()
+    evaluations.close()
+    lock.release()
+    if stop.requested:
+        print(f"stopped at step {step:,} of {cfg['total_steps']:,}; the same command continues from there")
+        sys.exit(130)
+    print(f"{folder}/policy.pt: {step:,} steps" + (f", best score at a high target {best:.1f} (policy_best.pt)" if best > -math.inf else ""))
+
+
+# ======== shared: setup (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
+
+FORMAT = 1  # of the checkpoint files
+HORIZON = 1000  # steps after which Gymnasium and D4RL cut an episode
+
+
+def fail(message: str, code: int = 2):
+    """One line on stderr that says what is wrong, where, and what to do; then exit."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a name <body>-<quality>-<tag> stands for. RTG ranges are normalised, targets and references raw returns."""
+
+    name: str
+    body: str
+    quality: str
+    tag: str
+    env_id: str | None  # Gymnasium's simulator; None: there is none, training only
+    obs_dim: int
+    act_dim: int
+    ref_min: float  # D4RL's reference returns, of a random and of an expert policy
+    ref_max: float
+    rtg_scale: float
+    rtg_range: tuple[float, float]  # the release's, for D4RL data
+    high_targets: tuple[float, ...]  # the release's evaluation targets, for D4RL data
+    critic_reward_shift: float = 0.0  # AntMaze: the critic sees r - 1, as in IQL
+
+    def score(self, returns):
+        """D4RL score: 0 for a random policy's return, 100 for an expert's."""
+        return 100 * (returns - self.ref_min) / (self.ref_max - self.ref_min)
+
+
+BODIES = {
+    "hopper": ("Hopper-v4", 11, 3, -20.272305, 3234.3, 1000.0, (-1.0, 4.0), (1800.0, 3600.0, 4000.0)),
+    "halfcheetah": ("HalfCheetah-v4", 17, 6, -280.178953, 12135.0, 1000.0, (-1.0, 25.0), (12000.0, 24000.0)),
+    "walker2d": ("Walker2d-v4", 17, 6, 1.629008, 4592.3, 1000.0, (-1.0, 20.0), (5000.0, 6000.0, 10000.0)),
+    "ant": ("Ant-v4", 111, 8, -325.6, 3879.7, 1000.0, (-1.0, 10.0), (5000.0, 10000.0)),
+    "antmaze": (None, 29, 8, 0.0, 1.0, 1.0, (0.0, 1.0), (0.8, 0.9, 1.0, 100.0), -1.0),
+}
+QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "expert")
+MAZES = {  # D4RL's file names
+    "umaze": "u-maze_noisy_multistart_False_multigoal_False", "umaze-diverse": "u-maze_noisy_multistart_True_multigoal_True",
+    "medium-play": "big-maze_noisy_multistart_True_multigoal_False", "medium-diverse": "big-maze_noisy_multistart_True_multigoal_True",
+    "large-play": "hardest-maze_noisy_multistart_True_multigoal_False", "large-diverse": "hardest-maze_noisy_multistart_True_multigoal_True",
+}  # fmt: skip
+
+
+def parse_env(name: str) -> Task:
+    """The task of an --env name; exits 2 on an unknown one, naming the closest."""
+    body, _, rest = name.partition("-")
+    quality, _, tag = rest.rpartition("-")
+    if name == "hopper-mini":
+        quality, tag = "mini", "mini"
+    known = MAZES if body == "antmaze" else (*QUALITIES, "mixed")  # "mixed": medium-replay's name before v2
+    if body in BODIES and re.fullmatch(r"[A-Za-z0-9_.]+", tag) and (name == "hopper-mini" or (quality in known and (quality, tag) != ("mixed", "v2"))):
+        return Task(name, body, quality, tag, *BODIES[body])
+    names = [f"{b}-{q}-v2" for b in BODIES for q in (MAZES if b == "antmaze" else QUALITIES)] + ["hopper-mini"]
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
+    fail(f"unknown --env {name!r}: did you mean {', '.join(close)}? (<body>-<quality>-<tag>; any tag but v2 is your own data)")
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one; exits 2 where CUDA is asked for and missing."""
+    if name == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: torch finds no CUDA device here; use --device cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def save_checkpoint(path: Path, payload: dict) -> None:
+    """Write a checkpoint whole or not at all."""
+    torch.save(payload, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def load_checkpoint(path: Path, stage: str) -> dict:
+    """Read a checkpoint of one stage onto the CPU, without unpickling; exits 2 on anything else."""
+    if not path.is_file():
+        fail(f"{path}: no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # torch raises a dozen kinds for truncated, foreign and pickled files
+        fail(f"{path}: not a readable checkpoint (truncated, or not written by {stage}.py)")
+    if not isinstance(checkpoint, dict) or checkpoint.get("stage") != stage:
+        found = checkpoint.get("stage") if isinstance(checkpoint, dict) else None
+        fail(f"{path}: a checkpoint of {found or 'something else'}, not of {stage}.py")
+    if checkpoint.get("format") != FORMAT:
+        fail(f"{path}: checkpoint format {checkpoint.get('format')}, this version reads {FORMAT}; train it again")
+    return checkpoint
+
+
+def tensor_hash(tensors) -> str:
+    """First 16 hex digits of the SHA-256 of some arrays' or tensors' shapes and bytes."""
+    digest = hashlib.sha256()
+    for x in tensors:
+        x = np.ascontiguousarray(x)
+        digest.update(f"{x.shape}{x.dtype}".encode())
+        digest.update(x.view(np.uint8).data if x.size else b"")
+    return digest.hexdigest()[:16]
+
+
+# ======== end of shared: setup ========
+
+# ======== shared: dataset (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
+
+D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
+
+
+@dataclass
+class Dataset:
+    """Transitions of complete episodes, one episode after the other (N transitions, E episodes)."""
+
+    observations: np.ndarray  # (N, obs_dim) float32, raw
+    actions: np.ndarray  # (N, act_dim) float32, in [-1, 1]
+    rewards: np.ndarray  # (N,) float32, raw
+    terminals: np.ndarray  # (N,) bool: the MDP ended; the other episodes end by timeout
+    ends: np.ndarray  # (E,) int64, exclusive
+    files: list[str]
+    is_d4rl: bool  # D4RL's own file; False for everything given with --dataset-path or found in data/
+    hash: str
+    label: str  # how plots, logs and JSON call the data
+
+    def __post_init__(self):
+        self.starts = np.concatenate([[0], self.ends[:-1]])
+        self.lengths = self.ends - self.starts
+        self.returns = np.add.reduceat(self.rewards, self.starts, dtype=np.float64)  # (E,) undiscounted
+        self.obs_mean = torch.as_tensor(self.observations.mean(axis=0, dtype=np.float64), dtype=torch.float32)
+        self.obs_std = torch.as_tensor(self.observations.std(axis=0, dtype=np.float64) + 1e-6, dtype=torch.float32)
+
+    def summary(self) -> dict:
+        return {"files": self.files, "hash": self.hash, "label": self.label, "is_d4rl": self.is_d4rl}
+
+
+def read_dataset(task: Task, dataset_path: tuple[str, ...]) -> Dataset:
+    """The data of a task from --dataset-path, data/<env>.hdf5 or D4RL (downloaded once); exits 2 on data that cannot be right."""
+    if dataset_path:
+        paths = [Path(p) for p in dataset_path]
+    elif task.tag == "v2":
+        paths = [d4rl_file(task)]
+    else:
+        paths = [Path(__file__).resolve().parent / "data" / f"{task.name}.hdf5"]
+        if not paths[0].is_file():
+            fail(f"--env {task.name} is not a D4RL v2 name and has no {paths[0]}: give its data with --dataset-path FILE")
+    parts = [read_hdf5(path, task) for path in paths]
+    arrays = parts[0] if len(parts) == 1 else [np.concatenate(arrays) for arrays in zip(*parts)]
+    observations, actions, rewards, terminals, episode_end = arrays
+    clipped = int((np.abs(actions) > 1).any(axis=1).sum())
+    if clipped:
+        print(f"warning: clipped {clipped:,} of {len(actions):,} actions to [-1, 1]", file=sys.stderr)
+        actions = actions.clip(-1, 1)
+    ends = np.flatnonzero(episode_end) + 1
+    files, is_d4rl = [path.name for path in paths], not dataset_path and task.tag == "v2"
+    label = f"{task.name} (D4RL)" if is_d4rl else f"{task.body} data, not D4RL: {' + '.join(files)}"
+    return Dataset(observations, actions, rewards, terminals, ends, files, is_d4rl, tensor_hash([*arrays[:4], ends]), label)
+
+
+def read_hdf5(path: Path, task: Task) -> list[np.ndarray]:
+    """One file in D4RL's layout, checked, without its incomplete last episode: observations, actions, rewards, terminals, episode ends."""
+    if not path.is_file():
+        fail(f"{path}: no such dataset file; check --dataset-path")
+    keys = ("observations", "actions", "rewards", "terminals", "timeouts")
+    try:
+        with h5py.File(path, "r") as f:
+            if missing := [k for k in keys if k not in f]:
+                fail(f"{path}: no key {missing[0]!r}; D4RL's layout has {', '.join(keys)}")
+            arrays = [f[k][()] for k in keys]
+    except OSError:
+        fail(f"{path}: truncated, or not an HDF5 file; get it again")
+    N = len(arrays[0])
+    for key, shape, i in zip(keys, ((N, task.obs_dim), (N, task.act_dim), (N,), (N,), (N,)), range(5)):
+        if arrays[i].shape == (*shape, 1):  # rewards and flags may be columns
+            arrays[i] = arrays[i].reshape(N)
+        if arrays[i].shape != shape:
+            fail(f"{path}: {key} has shape {arrays[i].shape}, {task.body} with {N:,} observations needs {shape}")
+    arrays = [np.asarray(x, dtype=np.float32 if i < 3 else bool) for i, x in enumerate(arrays)]
+    for key, x in zip(keys[:3], arrays):
+        if not np.isfinite(x).all():
+            row = int(np.argwhere(~np.isfinite(x))[0][0])
+            fail(f"{path}: {key} has a NaN or infinite value, first in row {row:,}")
+    observations, actions, rewards, terminals, timeouts = arrays
+    if task.body == "ant" and observations[:, 27:].any():
+        fail(f"{path}: the last 84 of Ant's 111 observations are contact forces, zero in D4RL; here they are not, and Ant-v4 has none")
+    episode_end = terminals | timeouts
+    if not episode_end.any():
+        fail(f"{path}: no complete episode (terminals and timeouts are all False)")
+    n = int(np.flatnonzero(episode_end)[-1]) + 1
+    return [x[:n] for x in (observations, actions, rewards, terminals, episode_end)]
+
+
+def d4rl_file(task: Task) -> Path:
+    """D4RL's file of a -v2 name in D4RL's cache folder; downloaded if it is not there, and renamed only when it is whole."""
+    if task.body == "antmaze":
+        url = f"{D4RL_URL}/ant_maze_v2/Ant_maze_{MAZES[task.quality]}_sparse_fixed.hdf5"
+    else:
+        url = f"{D4RL_URL}/gym_mujoco_v2/{task.body}_{task.quality.replace('-', '_')}-v2.hdf5"
+    path = Path(os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl" / "datasets") / url.rpartition("/")[2]
+    if path.is_file():
+        return path
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            size = int(response.headers.get("Content-Length") or 0)
+            with open(part, "wb") as f, tqdm(total=size or None, unit="B", unit_scale=True, desc=path.name) as bar:
+                while block := response.read(1 << 20):
+                    f.write(block)
+                    bar.update(len(block))
+        if size and part.stat().st_size != size:
+            raise OSError(f"{part.stat().st_size:,} of {size:,} bytes arrived")
+        h5py.File(part, "r").close()
+        os.replace(part, path)
+    except (OSError, ValueError) as error:  # URLError, HTTPError and h5py's errors are OSErrors
+        fail(f"cannot download {url} ({error}); put the file at {path}, or give --dataset-path FILE")
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+# ======== end of shared: dataset ========
+
+# ======== shared: run (the same text in pretrain_q.py, train_qalign_dt.py) ========
+
+
+def check_same_run(folder: Path, file: str, stage: str, cfg: dict, data_hash: str) -> dict | None:
+    """A run is what its configuration says: the checkpoint `file` in folder if it is of this run, None if there is none.
+
+    Exits 2 if the folder holds a run with another configuration or other data. A key that only one side knows is not compared.
+    """
+    for name in (file, "resume.pt"):
+        if not (folder / name).exists():
+            continue
+        found = load_checkpoint(folder / name, stage)
+        theirs, ours = found["config"] | {"data": found["data"]["hash"]}, cfg | {"data": data_hash}
+        if differs := [f"{k} {theirs[k]} there, {ours[k]} here" for k in ours if k in theirs and theirs[k] != ours[k]]:
+            fail(f"{folder} holds another run ({'; '.join(differs)}); choose another --exp-name, or remove the folder")
+        if name == file:
+            return found
+    return None
+
+
+def claim(folder: Path) -> filelock.FileLock:
+    """Make the run folder and lock it for this process, until it ends in whatever way; exits 2 if another one writes there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        fail(f"{folder}: another process is writing this run; wait for it, or choose another --exp-name")
+    except OSError as error:
+        fail(f"{folder}: cannot write there ({error.strerror or error}); choose another --runs-dir")
+    return lock
+
+
+def load_resume(folder: Path, stage: str, cfg: dict, data_hash: str) -> dict | None:
+    """What resume.pt holds, if there is one (checked again: the folder is locked only now)."""
+    if not (folder / "resume.pt").exists():
+        return None
+    check_same_run(folder, "resume.pt", stage, cfg, data_hash)
+    return load_checkpoint(folder / "resume.pt", stage)
+
+
+def rng_state(generator: torch.Generator) -> dict:
+    """All random streams of a run: ours, and torch's global ones, which dropout draws from."""
+    cuda = torch.cuda.get_rng_state() if generator.device.type == "cuda" else None
+    return {"generator": generator.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def restore_rng(state: dict, generator: torch.Generator) -> None:
+    generator.set_state(state["generator"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+class StopSignal:
+    """Turns the first Ctrl-C or SIGTERM into a flag that the training loop reads between two steps; a second one stops at once."""
+
+    def __init__(self):
+        self.requested = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.request)
+
+    def request(self, number, frame):
+        self.requested = True
+        signal.signal(number, signal.SIG_DFL)
+
+
+class MetricsLog:
+    """A CSV file and TensorBoard scalars. On resuming, rows after the step that the checkpoint knows are dropped."""
+
+    def __init__(self, path: Path, fields: list[str], last_step: int):
+        from torch.utils.tensorboard import SummaryWriter  # imported here: it takes a second
+
+        rows = []
+        if path.exists():
+            with open(path, newline="") as f:
+                rows = [row for row in csv.DictReader(f) if int(row["step"]) <= last_step]
+        with open(f"{path}.tmp", "w", newline="") as f:
+            writer = csv.DictWriter(f, fields)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(f"{path}.tmp", path)
+        self.file = open(path, "a", newline="")
+        self.csv = csv.DictWriter(self.file, fields)
+        self.tensorboard = SummaryWriter(path.parent / "tensorboard" / path.stem, purge_step=last_step + 1 if last_step > 0 else None)
+
+    def write(self, row: dict) -> None:
+        self.csv.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        self.file.flush()
+        for name, value in row.items():
+            if name != "step":
+                self.tensorboard.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        self.file.close()
+        self.tensorboard.close()
+
+
+# ======== end of shared: run ========
+
+# ======== shared: rollout (the same text in train_qalign_dt.py, evaluate_alignment.py) ========
+
+
+def make_env(env_id: str):
+    """Gymnasium's v4 environment without its known warnings, and without the MUJOCO_LOG.TXT that MuJoCo drops for them."""
+    known = "'settotalmass' is deprecated"  # a remark on Gymnasium's half_cheetah.xml
+    mujoco.set_mju_user_warning(lambda message: None if known in message else warnings.warn(f"MuJoCo: {message}", stacklevel=2))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is out of date. You should consider upgrading to version `v5`")
+        return gymnasium.make(env_id).unwrapped
+
+
+class Simulator:
+    """n copies of one Gymnasium v4 body, advanced in lockstep by a thread per core (mj_step releases the GIL).
+
+    Initial states are those of env.reset(seed); observations, rewards and terminations those of env.step, without its
+    time limit. Ant's observation is padded with zeros to D4RL's 111 numbers.
+    """
+
+    def __init__(self, task: Task, seeds):
+        env = make_env(task.env_id)
+        self.task, self.model, self.frame_skip, self.dt = task, env.model, env.frame_skip, env.dt
+        self.sims = []
+        for seed in seeds:
+            env.reset(seed=int(seed))
+            self.sims.append(copy.copy(env.data))  # MjData copies itself whole
+        env.close()
+        threads = os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self.threads = threads or 1
+        self.pool = ThreadPoolExecutor(self.threads)
+
+    def observe(self, index) -> np.ndarray:
+        """(m, obs_dim) float64: the observations of some of the simulations."""
+        qpos = np.stack([self.sims[i].qpos for i in index])
+        qvel = np.stack([self.sims[i].qvel for i in index])
+        if self.task.body == "ant":
+            return np.concatenate([qpos[:, 2:], qvel, np.zeros((len(qpos), self.task.obs_dim - 27))], axis=1)
+        return np.concatenate([qpos[:, 1:], qvel if self.task.body == "halfcheetah" else qvel.clip(-10, 10)], axis=1)
+
+    def x_position(self, index) -> np.ndarray:
+        """(m,) what each environment's forward velocity is the difference of."""
+        if self.task.body == "ant":  # Gymnasium reads the torso's frame, which MuJoCo computed before its last substep
+            torso = self.model.body("torso").id
+            return np.array([self.sims[i].xpos[torso, 0] for i in index])
+        return np.array([self.sims[i].qpos[0] for i in index])
+
+    def advance(self, index, actions) -> None:
+        for i, action in zip(index, actions):
+            self.sims[i].ctrl[:] = action
+            mujoco.mj_step(self.model, self.sims[i], self.frame_skip)
+
+    def step(self, index, actions):
+        """One env.step of the simulations `index` (m,) with actions (m, act_dim): observations, rewards, terminated, x velocities."""
+        before = self.x_position(index)
+        n = min(self.threads, len(index))
+        list(self.pool.map(self.advance, np.array_split(index, n), np.array_split(actions, n)))
+        velocity = (self.x_position(index) - before) / self.dt
+        effort = np.square(actions).sum(axis=1)
+        z, angle = (np.array([self.sims[i].qpos[k] for i in index]) for k in (1, 2))
+        state = np.stack([np.concatenate([self.sims[i].qpos, self.sims[i].qvel]) for i in index])
+        if self.task.body == "halfcheetah":
+            reward, healthy = velocity - 0.1 * effort, np.ones(len(index), bool)
+        elif self.task.body == "hopper":
+            reward = velocity + 1.0 - 1e-3 * effort
+            healthy = (np.abs(state[:, 2:]) < 100).all(axis=1) & (z > 0.7) & (np.abs(angle) < 0.2)
+        elif self.task.body == "walker2d":
+            reward = velocity + 1.0 - 1e-3 * effort
+            healthy = (z > 0.8) & (z < 2.0) & (np.abs(angle) < 1.0)
+        else:  # ant
+            reward = velocity + 1.0 - 0.5 * effort
+            healthy = np.isfinite(state).all(axis=1) & (state[:, 2] >= 0.2) & (state[:, 2] <= 1.0)
+        return self.observe(index), reward, ~healthy, velocity
+
+
+class Rollouts(NamedTuple):
+    """One entry per rollout (n)."""
+
+    returns: np.ndarray  # raw, undiscounted
+    lengths: np.ndarray  # environment steps
+    velocity: np.ndarray  # mean forward velocity, m/s
+    first_obs: torch.Tensor  # (n, obs_dim) standardised
+    first_act: torch.Tensor  # (n, act_dim)
+
+
+@torch.no_grad()
+def rollout(policy: Policy, task: Task, targets, seeds, context_len: int, obs_mean, obs_std, bar=None, stop=None) -> Rollouts | None:
+    """Roll the policy out once per (target return, seed), all in lockstep as one batch; None if `stop` was requested meanwhile.
+
+    The context is the last context_len steps, padded and masked as in training; the RTG token starts at target /
+    rtg_scale and falls by every reward. A rollout that has ended leaves the batch.
+    """
+    n, K, device = len(targets), context_len, next(policy.parameters()).device
+    was_training = policy.training
+    policy.eval()
+    simulator = Simulator(task, seeds)
+    obs_mean, obs_std = obs_mean.to(device), obs_std.to(device)
+    # histories start with K - 1 steps of padding, so that the context of step t is always [t, t + K)
+    history = HORIZON + K - 1
+    rtg, obs, act = (torch.zeros(n, history, *size, device=device) for size in ((), (task.obs_dim,), (task.act_dim,)))
+    timestep = torch.arange(1 - K, HORIZON, device=device)
+    alive = np.arange(n)
+    returns, lengths, velocity = np.zeros(n), np.zeros(n, dtype=np.int64), np.zeros(n)
+    observation = simulator.observe(alive)
+    for t in range(HORIZON):
+        rows, now, window = torch.as_tensor(alive, device=device), t + K - 1, slice(t, t + K)
+        obs[rows, now] = (torch.as_tensor(observation, dtype=torch.float32, device=device) - obs_mean) / obs_std
+        remaining = (np.asarray(targets, dtype=np.float64)[alive] - returns[alive]) / task.rtg_scale
+        rtg[rows, now] = torch.as_tensor(remaining, dtype=torch.float32, device=device)
+        times = timestep[window].expand(len(alive), K)
+        a_hat, _ = policy(rtg[rows, window], obs[rows, window], act[rows, window], times.clamp(min=0), times >= 0)
+        act[rows, now] = a_hat[:, -1]
+        observation, reward, terminated, v = simulator.step(alive, a_hat[:, -1].cpu().numpy().astype(np.float64))
+        returns[alive] += reward
+        velocity[alive] += v
+        lengths[alive] += 1
+        alive, observation = alive[~terminated], observation[~terminated]
+        if bar is not None:
+            bar.update()
+            bar.set_postfix_str(f"{len(alive)} of {n} rollouts alive")
+        if len(alive) == 0 or (stop is not None and stop.requested):
+            break
+    simulator.pool.shutdown()
+    policy.train(was_training)
+    if stop is not None and stop.requested:
+        return None
+    return Rollouts(returns, lengths, velocity / lengths, obs[:, K - 1].clone(), act[:, K - 1].clone())
+
+
+# ======== end of shared: rollout ========
+
+
+def load_critic(path: Path, args: Args, cfg: dict, task: Task, data: Dataset) -> dict:
+    """Stage 1's checkpoint, checked against this run; adds what of it defines the run to cfg."""
+    checkpoint = load_checkpoint(path, "pretrain_q")
+    theirs = checkpoint["config"]
+    if checkpoint["data"]["hash"] != data.hash:
+        fail(f"{path}: a critic of other data ({checkpoint['data']['label']}); use that data, or train a critic with another --exp-name")
+    if theirs["critic_width"] != cfg["critic_width"]:
+        fail(f"{path}: a critic of width {theirs['critic_width']}, not --critic-width {cfg['critic_width']}")
+    if not args.critic and args.critic_steps not in (None, theirs["total_steps"]):
+        fail(f"{path}: a critic of {theirs['total_steps']:,} steps, not --critic-steps {args.critic_steps:,}; remove it, or name another with --critic")
+    expected = DoubleQ(task.obs_dim, task.act_dim, cfg["critic_width"]).state_dict()
+    if {k: v.shape for k, v in checkpoint["critic"].items()} != {k: v.shape for k, v in expected.items()}:
+        fail(f"{path}: a critic of other dimensions than {task.name}'s {task.obs_dim} + {task.act_dim}")
+    # AntMaze: the release divides Q by its mean |min Q| over the data, the scale that lambda_e = 100 belongs to
+    cfg["q_scale"] = checkpoint["report"]["q_abs_mean"] if task.body == "antmaze" else 1.0
+    cfg["critic_hash"] = tensor_hash(checkpoint["critic"].values())
+    return checkpoint
+
+
+def pretrain(critic_path: Path, args: Args, cfg: dict) -> None:
+    """Stage 1 as a child process; its stderr and exit code are its own."""
+    script = Path(__file__).resolve().parent / "pretrain_q.py"
+    if not script.is_file():
+        fail(f"{critic_path}: no such critic, and no pretrain_q.py beside this script to train it; name one with --critic")
+    print(f"{critic_path} is missing: starting pretrain_q.py", flush=True)
+    command = [sys.executable, str(script), "--env", args.env, "--seed", str(args.seed), "--runs-dir", args.runs_dir, "--device", args.device]
+    command += ["--critic-width", str(cfg["critic_width"])]
+    command += ["--dataset-path", *args.dataset_path] if args.dataset_path else []
+    command += ["--total-steps", str(args.critic_steps)] if args.critic_steps else []
+    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is the child's to handle: it saves and says how to go on
+    code = subprocess.run(command).returncode
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if code:
+        sys.exit(code if code > 0 else 128 - code)
+
+
+def announce_duration(args: Args, cfg: dict, task: Task, device: torch.device, pretrain: bool) -> None:
+    """The first line of a run that will take over an hour says so: counted multiply-adds over this machine's measured rate."""
+    rate = {}
+    for dtype in {torch.float32, torch.bfloat16 if cfg["precision"] == "bf16" else torch.float32}:
+        a, start, n = torch.randn(1024, 1024, device=device).to(dtype), time.perf_counter(), 8
+        for _ in range(n):
+            (a @ a)[0, 0].item()
+        rate[dtype] = 2 * 1024**3 * n / (time.perf_counter() - start)
+    D, tokens = cfg["embed_dim"], cfg["batch_size"] * 3 * cfg["context_len"]
+    forward = 2 * tokens * cfg["n_layer"] * D * (12 * D + 18 * D * cfg["conv"] + 6 * cfg["context_len"])
+    width = cfg.get("critic_width", 0)
+    q_forward = 4 * (width * (task.obs_dim + task.act_dim + 1) + 2 * width**2)  # one state-action pair, both critics
+    aligned = cfg["lambda_e"] > 0
+    policy_work = (7 if aligned else 3) * forward * cfg["total_steps"]  # target 1; clean and perturbed, forward and backward, 6
+    critic_work = 8 * q_forward * cfg["batch_size"] * cfg["context_len"] * cfg["total_steps"] * aligned
+    critic_work += 4 * q_forward * 512 * (args.critic_steps or 2_000_000) * pretrain
+    # a third of the rate of plain matrix products is what such steps reach
+    hours = 3 * (policy_work / rate[max(rate, key=rate.get)] + critic_work / rate[torch.float32]) / 3600
+    if hours > 1:
+        print(f"about {hours:.0f} hours on this machine ({device.type}); for a check in minutes see the quickstart: --env hopper-mini (README.md)", flush=True)
+
+
+def evaluate(policy: Policy, task: Task, targets, cfg: dict, obs_mean, obs_std, seed: int, stop: StopSignal) -> list[float] | None:
+    """Mean D4RL score at each target return, over cfg["eval_rollouts"] episodes each, the same ones every time."""
+    n = cfg["eval_rollouts"]
+    seeds = 1_000_000 + 1_000 * seed + np.tile(np.arange(n), len(targets))
+    result = rollout(policy, task, np.repeat(targets, n), seeds, cfg["context_len"], obs_mean, obs_std, stop=stop)
+    return None if result is None else [float(x) for x in task.score(result.returns).reshape(-1, n).mean(axis=1)]
+
+
+if __name__ == "__main__":
+    main()
