@@ -436,7 +436,8 @@ def load_checkpoint(path: Path, stage: str) -> dict:
     if not path.is_file():
         fail(f"{path}: no such checkpoint")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch comments on foreign pickles; the line below is enough
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch raises a dozen kinds for truncated, foreign and pickled files
         fail(f"{path}: not a readable checkpoint (truncated, or not written by {stage}.py)")
     if not isinstance(checkpoint, dict) or checkpoint.get("stage") != stage:

@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 import urllib.request
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -258,6 +259,7 @@ def main() -> None:
 
     def save_resume() -> None:
         if first_bad >= 0:  # never overwrite the last good checkpoint with what a NaN has touched
+            bar.close()
             fail(f"step {int(first_bad) + 1}: the loss became NaN or infinite; stopped, {folder}/resume.pt is the last good state; try a lower --lr", code=1)
         save_checkpoint(folder / "resume.pt", dict(
             stage="pretrain_q", format=FORMAT, config=cfg, data=dataset.summary(), step=step, meters=meters,
@@ -404,7 +406,8 @@ def load_checkpoint(path: Path, stage: str) -> dict:
     if not path.is_file():
         fail(f"{path}: no such checkpoint")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch comments on foreign pickles; the line below is enough
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch raises a dozen kinds for truncated, foreign and pickled files
         fail(f"{path}: not a readable checkpoint (truncated, or not written by {stage}.py)")
     if not isinstance(checkpoint, dict) or checkpoint.get("stage") != stage:

@@ -455,6 +455,8 @@ def main() -> None:
 
     lock = claim(folder)
     print(f"{folder}: {data.label}, {len(data.rewards):,} transitions, {len(data.ends):,} episodes, returns {data.returns.min():.0f} .. {data.returns.max():.0f}")
+    if task.env_id is None:
+        print("there is no simulator for AntMaze here yet: no periodic evaluation")
     torch.set_float32_matmul_precision("highest")  # no TF32: float32 is float32, for the critic above all
     torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(args.seed)
@@ -496,6 +498,7 @@ def main() -> None:
 
     def save_resume(finished: bool = False) -> None:
         if first_bad >= 0:  # never overwrite the last good checkpoint with what a NaN has touched
+            bar.close()
             fail(f"step {int(first_bad) + 1}: the loss or its gradient became NaN or infinite; stopped, {folder}/resume.pt is the last good state; try a lower --actor-lr or --lambda-e", code=1)
         save_checkpoint(folder / "resume.pt", dict(
             stage="train_qalign_dt", format=FORMAT, config=cfg, data=data.summary(), step=step, evaluated=evaluated, best=best,
@@ -653,7 +656,8 @@ def load_checkpoint(path: Path, stage: str) -> dict:
     if not path.is_file():
         fail(f"{path}: no such checkpoint")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch comments on foreign pickles; the line below is enough
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch raises a dozen kinds for truncated, foreign and pickled files
         fail(f"{path}: not a readable checkpoint (truncated, or not written by {stage}.py)")
     if not isinstance(checkpoint, dict) or checkpoint.get("stage") != stage:

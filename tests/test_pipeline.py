@@ -1,0 +1,424 @@
+"""The command line: stages end to end, kill and resume, refusals, bad input."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import evaluate_alignment as stage3
+import numpy as np
+import pretrain_q as stage1
+import pytest
+import torch
+import train_qalign_dt as stage2
+from conftest import TINY1, TINY2, write_hdf5
+
+ROOT = Path(stage2.__file__).parent
+ENV = "hopper-medium-tiny"
+
+
+def argv(data, runs, *extra):
+    return ["--env", ENV, "--dataset-path", data, "--runs-dir", runs, *extra]
+
+
+def tree(folder: Path) -> dict:
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()} if folder.exists() else {}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory, hopper_file):
+    """Stage 2 started without a critic, as a user would: it trains one first. Then stage 3."""
+    runs = tmp_path_factory.mktemp("runs")
+    command = [sys.executable, str(ROOT / "train_qalign_dt.py"), *map(str, argv(hopper_file, runs, *TINY2, "--critic-steps", 30))]
+    two = subprocess.run(command, capture_output=True, text=True, cwd=runs)
+    assert two.returncode == 0, two.stderr
+    command = [sys.executable, str(ROOT / "evaluate_alignment.py"), "--env", ENV, "--runs-dir", str(runs), "--rollouts", "2", "--device", "cpu"]
+    three = subprocess.run(command, capture_output=True, text=True, cwd=runs)
+    assert three.returncode == 0, three.stderr
+    return runs, two, three
+
+
+def test_three_stages_end_to_end(pipeline):
+    runs, two, three = pipeline
+    assert "starting pretrain_q.py" in two.stdout and "hopper_tiny.hdf5" in two.stdout and "(D4RL)" not in two.stdout
+    assert sorted(p.name for p in runs.iterdir()) == [f"{ENV}__pretrain_q__1", f"{ENV}__train_qalign_dt__1"]  # and no MUJOCO_LOG.TXT
+    folder = runs / f"{ENV}__train_qalign_dt__1"
+    assert {"policy.pt", "policy_best.pt", "resume.pt", "metrics.csv", "evaluations.csv", "alignment.json", "alignment.csv", "alignment.png"} <= set(os.listdir(folder))
+    assert not list(runs.rglob("*.tmp")) and list((folder / "tensorboard").rglob("events*"))
+    with open(folder / "metrics.csv") as f:
+        (row,) = csv.DictReader(f)
+    assert row["step"] == "30" and all(np.isfinite(float(x)) for x in row.values()) and float(row["q_loss"]) > 0
+    for name in ("out of date", "settotalmass", "Traceback", "Warning"):
+        assert name not in two.stderr + three.stderr
+    assert str(folder / "alignment.png") in three.stdout.splitlines()[-1]
+
+
+def test_alignment_json_holds_what_the_sweep_did(pipeline):
+    runs, _, _ = pipeline
+    folder = runs / f"{ENV}__train_qalign_dt__1"
+    result = json.loads((folder / "alignment.json").read_text())
+    policy = torch.load(folder / "policy.pt", weights_only=True)
+    returns, task = policy["episode_returns"].numpy(), stage2.parse_env(ENV)
+    targets = [row["target_return"] for row in result["sweep"]]
+    assert targets == pytest.approx(np.linspace(returns.min(), returns.max(), 12).tolist())  # steps of 100 gave fewer
+    for row in result["sweep"] + result["high_targets"]:
+        assert row["score_mean"] == pytest.approx(task.score(row["return_mean"])) and row["length_mean"] >= 1
+    errors = [row["score_mean"] - row["target_score"] for row in result["sweep"]]
+    assert result["alignment_rmse"] == pytest.approx(np.sqrt(np.mean(np.square(errors))))  # Eq. 8
+    assert result["best_score"] == max(row["score_mean"] for row in result["sweep"])
+    assert [row["target_return"] for row in result["high_targets"]] == pytest.approx([float(returns.max()) * x for x in (1.0, 1.2)])
+    assert result["dataset"]["hash"] == policy["data"]["hash"] and result["dataset"]["files"] == ["hopper_tiny.hdf5"]
+    assert -1 <= result["spearman_q_vs_return"] <= 1 and result["rollouts"] == 2 and result["env"] == ENV
+    with open(folder / "alignment.csv") as f:
+        assert len(list(csv.DictReader(f))) == len(targets) + 2
+
+
+def test_targets_go_in_steps_from_the_lowest_to_the_highest_return():
+    targets = stage3.target_returns(np.array([315.87, 1000.0, 3222.36]), 100.0)
+    assert len(targets) == 30 and targets[0] == 315.87 and targets[-1] == pytest.approx(3215.87)  # D.6, hopper-medium
+    assert len(stage3.target_returns(np.array([0.0, 500.0]), 100.0)) == 12
+
+
+def test_compare_and_best_checkpoint(pipeline, run_main, hopper_file):
+    runs, _, _ = pipeline
+    code, _, err = run_main(stage2, *argv(hopper_file, runs, *TINY2, "--lambda-e", 0, "--no-conv", "--exp-name", "dt"))
+    assert code == 0, err
+    folder = runs / f"{ENV}__train_qalign_dt__1"
+    before = (folder / "alignment.json").read_bytes()
+    dt = runs / f"{ENV}__dt__1" / "policy.pt"
+    code, out, err = run_main(stage3, "--checkpoint", folder / "policy_best.pt", "--compare", dt, "--rollouts", 1, "--device", "cpu")
+    assert code == 0, err
+    result = json.loads((folder / "alignment_best.json").read_text())
+    (other,) = result["compare"]
+    assert other["checkpoint"] == str(dt) and other["lambda_e"] == 0 and other["spearman_q_vs_return"] is None
+    assert [r["target_return"] for r in other["sweep"]] == [r["target_return"] for r in result["sweep"]]
+    assert stage3.curve_label(other).startswith("DT, seed 1") and (folder / "alignment.json").read_bytes() == before
+    assert torch.load(dt, weights_only=True)["critic"] is None
+
+
+def test_a_dt_needs_no_critic_and_says_nothing_of_one(tmp_path, run_main, hopper_file, monkeypatch):
+    monkeypatch.setattr(stage2, "load_critic", None)  # would raise if it were called
+    monkeypatch.setattr(stage2, "pretrain", None)
+    code, out, err = run_main(stage2, *argv(hopper_file, tmp_path, *TINY2, "--lambda-e", 0))
+    assert code == 0 and os.listdir(tmp_path) == [f"{ENV}__train_qalign_dt__1"]
+    assert "critic" not in torch.load(tmp_path / f"{ENV}__train_qalign_dt__1" / "resume.pt", weights_only=True)
+
+
+def test_a_fixed_critic_does_not_move(pipeline, run_main, hopper_file):
+    runs, _, _ = pipeline
+    code, _, err = run_main(stage2, *argv(hopper_file, runs, *TINY2, "--no-update-q", "--exp-name", "fixed"))
+    assert code == 0, err
+    critic = torch.load(runs / f"{ENV}__pretrain_q__1" / "critic.pt", weights_only=True)["critic"]
+    for name, moved in (("fixed", False), ("train_qalign_dt", True)):
+        policy = torch.load(runs / f"{ENV}__{name}__1" / "policy.pt", weights_only=True)
+        assert any(not torch.equal(v, policy["critic"][k]) for k, v in critic.items()) == moved
+
+
+def test_untrained_policy_can_be_saved(pipeline, run_main, hopper_file):
+    runs, _, _ = pipeline
+    code, _, err = run_main(stage2, *argv(hopper_file, runs, *TINY2, "--total-steps", 0, "--exp-name", "untrained"))
+    assert code == 0, err
+    assert torch.load(runs / f"{ENV}__untrained__1" / "policy.pt", weights_only=True)["step"] == 0
+
+
+def test_antmaze_trains_and_says_that_it_cannot_be_rolled_out(tmp_path, run_main, antmaze_file):
+    name = "antmaze-umaze-tiny"
+    data = ["--env", name, "--dataset-path", antmaze_file, "--runs-dir", tmp_path]
+    assert run_main(stage1, *data, *TINY1)[0] == 0
+    code, out, err = run_main(stage2, *data, *TINY2)
+    assert code == 0 and "there is no simulator for AntMaze" in out, err
+    policy = torch.load(tmp_path / f"{name}__train_qalign_dt__1" / "policy.pt", weights_only=True)
+    cfg = policy["config"]
+    assert (cfg["sigma_e"], cfg["lambda_e"], cfg["delta_rtg"], cfg["half_normal"]) == (5.0, 100.0, 1.0, True)
+    assert cfg["q_scale"] == torch.load(tmp_path / f"{name}__pretrain_q__1" / "critic.pt", weights_only=True)["report"]["q_abs_mean"]
+    code, _, err = run_main(stage3, "--env", name, "--runs-dir", tmp_path)
+    assert code == 2 and err.count("\n") == 1 and "AntMaze simulator" in err
+
+
+# ---- configuration ----
+
+
+def test_table_d8_and_paper_size_are_the_defaults():
+    def cfg(env, **kw):
+        return stage2.resolve(stage2.Args(env=env, **kw), stage2.parse_env(env))
+
+    paper = cfg("hopper-medium-v2")
+    assert (paper["sigma_e"], paper["lambda_e"], paper["delta_rtg"]) == (10, 0.3, 1)
+    assert [paper[k] for k in ("embed_dim", "n_layer", "n_head", "context_len", "batch_size", "critic_width", "total_steps")] == [256, 4, 4, 20, 256, 256, 100_000]
+    assert cfg("hopper-expert-v2")["delta_rtg"] == 5 and cfg("walker2d-random-v2")["delta_rtg"] == 1 and cfg("ant-medium-replay-v2")["lambda_e"] == 5
+    assert cfg("hopper-mixed-zoo")["delta_rtg"] == 0.5 and cfg("antmaze-large-play-v2")["lambda_e"] == 100
+    assert cfg("hopper-medium-v2", delta_rtg=0.0)["delta_rtg"] == 0 and cfg("hopper-mini")["embed_dim"] == 64
+    assert "sigma_e" not in cfg("hopper-medium-v2", lambda_e=0.0)
+
+
+def test_rtg_range_is_the_datas_own_unless_the_data_is_d4rls(pipeline, tmp_path, run_main, hopper_file, monkeypatch):
+    runs, _, _ = pipeline
+    policy = torch.load(runs / f"{ENV}__train_qalign_dt__1" / "policy.pt", weights_only=True)
+    low, high = policy["config"]["rtg_range"]
+    assert (low * 1000, high * 1000) == pytest.approx((policy["episode_returns"].min().item(), policy["episode_returns"].max().item()))
+    (tmp_path / "d4rl").mkdir()
+    (tmp_path / "d4rl" / "hopper_medium-v2.hdf5").write_bytes(hopper_file.read_bytes())
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
+    common = ["--env", "hopper-medium-v2", "--runs-dir", tmp_path / "runs"]
+    assert run_main(stage1, *common, *TINY1)[0] == 0
+    assert run_main(stage2, *common, *TINY2, "--total-steps", 1, "--eval-every", 0)[0] == 0
+    assert run_main(stage2, *common, *TINY2, "--total-steps", 1, "--eval-every", 0, "--rtg-range", "off", "--exp-name", "off")[0] == 0
+    ranges = [torch.load(tmp_path / f"runs/hopper-medium-v2__{n}__1/policy.pt", weights_only=True)["config"]["rtg_range"] for n in ("train_qalign_dt", "off")]
+    assert ranges == [(-1.0, 4.0), (-np.inf, np.inf)]
+
+
+def test_a_run_of_over_an_hour_says_so_first(tmp_path, run_main, hopper_file, monkeypatch):
+    monkeypatch.setattr(stage2, "pretrain", lambda *a: stage2.fail("stopped here by the test"))
+    out = run_main(stage2, *argv(hopper_file, tmp_path, "--device", "cpu", "--critic-steps", 10))[1]
+    assert "hours on this machine" in out.splitlines()[0] and "hopper-mini" in out.splitlines()[0]
+    out = run_main(stage2, *argv(hopper_file, tmp_path, *TINY2, "--critic-steps", 10))[1]
+    assert "hour" not in out
+
+
+# ---- kill, resume, refuse ----
+
+
+def final_weights(runs, name):
+    policy = torch.load(runs / f"{ENV}__{name}__1" / "policy.pt", weights_only=True)
+    return policy["policy"] | {f"critic.{k}": v for k, v in policy["critic"].items()}
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["SIGKILL", "Ctrl-C"])
+def test_killed_and_resumed_ends_with_the_same_weights(pipeline, run_main, hopper_file, tmp_path, how):
+    runs, _, _ = pipeline
+    common = [*argv(hopper_file, runs), *TINY2, "--total-steps", 250, "--eval-every", 120, "--critic-width", 16]
+    if not (runs / f"{ENV}__whole__1").exists():
+        assert run_main(stage2, *common, "--exp-name", "whole")[0] == 0
+    name = f"killed{int(how)}"
+    folder = runs / f"{ENV}__{name}__1"
+    command = [sys.executable, str(ROOT / "train_qalign_dt.py"), *map(str, common), "--exp-name", name, "--checkpoint-minutes", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:  # until it has got somewhere beyond the first log line
+        if (folder / "metrics.csv").exists() and "\n100," in (folder / "metrics.csv").read_text():
+            break
+        time.sleep(0.002)
+    process.send_signal(how)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == (-9 if how == signal.SIGKILL else 130)
+    step = torch.load(folder / "resume.pt", weights_only=True)["step"]
+    assert 90 <= step < 250
+    if how == signal.SIGINT:
+        assert "the same command continues" in out and "Traceback" not in err
+    code, out, err = run_main(stage2, *common, "--exp-name", name)
+    assert code == 0 and f"continuing at step {step:,}" in out, err
+    whole, resumed = final_weights(runs, "whole"), final_weights(runs, name)
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[k], resumed[k]) for k in whole)
+    for log in ("metrics.csv", "evaluations.csv"):
+        assert (folder / log).read_text() == (runs / f"{ENV}__whole__1" / log).read_text()
+
+
+def test_stage_1_resumes_bit_for_bit(tmp_path, run_main, hopper_file, monkeypatch):
+    common = [*argv(hopper_file, tmp_path), *TINY1, "--total-steps", 60]
+    assert run_main(stage1, *common, "--exp-name", "whole")[0] == 0
+    saves = []
+    real = stage1.save_checkpoint
+
+    def dying(path, payload):
+        real(path, payload)
+        saves.append(path)
+        if len(saves) == 25:
+            raise KeyboardInterrupt  # in the middle, with nothing put in order
+
+    monkeypatch.setattr(stage1, "save_checkpoint", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run_main(stage1, *common, "--exp-name", "cut", "--checkpoint-minutes", 0)
+    monkeypatch.setattr(stage1, "save_checkpoint", real)
+    code, out, _ = run_main(stage1, *common, "--exp-name", "cut")
+    assert code == 0 and "continuing at step 25" in out
+    a, b = (torch.load(tmp_path / f"{ENV}__{n}__1" / "critic.pt", weights_only=True) for n in ("whole", "cut"))
+    assert all(torch.equal(a["critic"][k], b["critic"][k]) for k in a["critic"]) and a["report"] == b["report"]
+
+
+@pytest.mark.parametrize("stage, sizes", [(stage1, TINY1), (stage2, TINY2)], ids=["pretrain_q", "train_qalign_dt"])
+def test_a_finished_run_says_so_and_changes_nothing(pipeline, run_main, hopper_file, stage, sizes):
+    runs, _, _ = pipeline
+    sizes = sizes if stage is stage2 else ["--device", "cpu", "--critic-width", 16, "--total-steps", 30]
+    before = tree(runs)
+    code, out, err = run_main(stage, *argv(hopper_file, runs, *sizes))
+    assert code == 0 and "finished" in out and err == "" and tree(runs) == before
+
+
+@pytest.mark.parametrize("change, named", [(["--sigma-e", 3], "sigma_e 10.0 there, 3.0 here"), (["--total-steps", 31], "total_steps"), (["--no-conv"], "conv")])
+def test_another_configuration_in_the_same_folder_is_refused(pipeline, run_main, hopper_file, change, named):
+    runs, _, _ = pipeline
+    before = tree(runs)
+    code, out, err = run_main(stage2, *argv(hopper_file, runs, *TINY2, *change))
+    assert code == 2 and named in err and "--exp-name" in err and err.count("\n") == 1 and tree(runs) == before
+
+
+def test_other_data_in_the_same_folder_and_a_critic_of_other_data_are_refused(pipeline, run_main, tmp_path, hopper_arrays):
+    runs, _, _ = pipeline
+    other = write_hdf5(tmp_path / "other.hdf5", hopper_arrays[0], hopper_arrays[1], hopper_arrays[2] + 1, *hopper_arrays[3:])
+    before = tree(runs)
+    code, _, err = run_main(stage2, *argv(other, runs, *TINY2, "--lambda-e", 0, "--exp-name", "train_qalign_dt"))
+    assert code == 2 and "data" in err and err.count("\n") == 1
+    code, _, err = run_main(stage2, *argv(other, runs, *TINY2, "--exp-name", "new"))
+    assert code == 2 and "critic of other data" in err and err.count("\n") == 1 and tree(runs) == before
+
+
+def test_two_processes_never_write_one_folder(pipeline, run_main, hopper_file):
+    runs, _, _ = pipeline
+    lock = stage2.claim(runs / f"{ENV}__busy__1")
+    code, _, err = run_main(stage2, *argv(hopper_file, runs, *TINY2, "--exp-name", "busy"))
+    lock.release()
+    assert code == 2 and "another process" in err and err.count("\n") == 1
+
+
+def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(pipeline, run_main, hopper_file, monkeypatch):
+    runs, _, _ = pipeline
+    calls, real = [], stage2.supervised_loss
+
+    def poisoned(*args):
+        calls.append(1)
+        action_loss, state_loss = real(*args)
+        return action_loss * (float("nan") if len(calls) == 18 else 1.0), state_loss
+
+    monkeypatch.setattr(stage2, "supervised_loss", poisoned)
+    monkeypatch.setattr(stage2, "LOG_EVERY", 10)
+    code, _, err = run_main(stage2, *argv(hopper_file, runs, *TINY2, "--exp-name", "nan", "--eval-every", 10))
+    assert code == 1 and "step 18" in err.splitlines()[-1]
+    kept = torch.load(runs / f"{ENV}__nan__1" / "resume.pt", weights_only=True)
+    assert kept["step"] == 10 and all(v.isfinite().all() for v in kept["policy"].values())
+
+
+# ---- bad input: one line on stderr, exit code 2, nothing made ----
+
+
+def bad_file(tmp_path, arrays, kind):
+    path = tmp_path / f"{kind}.hdf5"
+    observations, actions, rewards, terminals, timeouts = (x.copy() for x in arrays)
+    if kind == "missing":
+        return path
+    if kind == "not-hdf5":
+        path.write_text("hello")
+        return path
+    if kind == "nan":
+        observations[17, 3] = np.nan
+    if kind == "inf-reward":
+        rewards[5] = np.inf
+    if kind == "wrong-body":
+        observations = observations[:, :10]
+    if kind == "disagree":
+        actions = actions[:-1]
+    if kind == "no-episode":
+        terminals, timeouts = terminals & False, timeouts & False
+    write_hdf5(path, observations, actions, rewards, terminals, timeouts)
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-5000])
+    if kind == "no-key":
+        import h5py
+
+        with h5py.File(path, "a") as f:
+            del f["timeouts"]
+    return path
+
+
+@pytest.mark.parametrize("stage", [stage1, stage2], ids=["pretrain_q", "train_qalign_dt"])
+@pytest.mark.parametrize("kind, says", [
+    ("missing", "no such dataset file"), ("not-hdf5", "not an HDF5 file"), ("truncated", "truncated"), ("no-key", "'timeouts'"),
+    ("nan", "observations has a NaN or infinite value, first in row 17"), ("inf-reward", "rewards has a NaN or infinite"),
+    ("wrong-body", "observations has shape"), ("disagree", "actions has shape"), ("no-episode", "no complete episode"),
+])  # fmt: skip
+def test_bad_data(stage, kind, says, tmp_path, run_main, hopper_arrays):
+    path = bad_file(tmp_path, hopper_arrays, kind)
+    code, out, err = run_main(stage, *argv(path, tmp_path / "runs", "--device", "cpu"))
+    assert code == 2 and says in err and path.name in err and err.count("\n") == 1 and out == "" and not (tmp_path / "runs").exists()
+
+
+def bad_checkpoint(tmp_path, kind, pipeline):
+    runs, _, _ = pipeline
+    path = tmp_path / "policy.pt"
+    good = runs / f"{ENV}__train_qalign_dt__1" / "policy.pt"
+    if kind == "stage":
+        return runs / f"{ENV}__pretrain_q__1" / "critic.pt"
+    if kind == "truncated":
+        path.write_bytes(good.read_bytes()[:3000])
+    if kind == "pickle":
+        import pickle
+
+        path.write_bytes(pickle.dumps({"stage": "train_qalign_dt", "os": os.system}))
+    if kind in ("format", "shapes"):
+        content = torch.load(good, weights_only=True)
+        content |= {"format": 99} if kind == "format" else {"config": content["config"] | {"embed_dim": 32}}
+        torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize("kind, says", [("missing", "no such checkpoint"), ("stage", "not of train_qalign_dt"), ("truncated", "not a readable checkpoint"),
+                                        ("pickle", "not a readable checkpoint"), ("format", "format 99"), ("shapes", "shapes")])  # fmt: skip
+def test_bad_checkpoint_in_stage_3(kind, says, tmp_path, run_main, pipeline):
+    path = bad_checkpoint(tmp_path, kind, pipeline)
+    before = tree(tmp_path)
+    code, out, err = run_main(stage3, "--checkpoint", path, "--device", "cpu")
+    assert code == 2 and says in err and str(path) in err and err.count("\n") == 1 and out == "" and tree(tmp_path) == before
+
+
+def test_other_bad_input(tmp_path, run_main, pipeline, hopper_file, antmaze_file):
+    runs, _, _ = pipeline
+    policy, critic = runs / f"{ENV}__train_qalign_dt__1" / "policy.pt", runs / f"{ENV}__pretrain_q__1" / "critic.pt"
+    good, new = argv(hopper_file, tmp_path / "runs"), [*TINY2, "--exp-name", "new"]
+    cases = [
+        (stage1, ["--env", "hopper-medum-v2"], "hopper-medium-v2"),
+        (stage2, ["--env", "hopper-mixed-zoo"], "--dataset-path"),
+        (stage2, ["--env", "hopper-mini", "--lambda-e", -1], "--lambda-e"),
+        (stage2, [*good, "--embed-dim", 30], "--n-head"),
+        (stage2, [*good, "--rtg-range", 4, -1], "--rtg-range"),
+        (stage2, [*good, "--batch-size", 0], "--batch-size"),
+        (stage1, [*good, "--total-steps", 0], "--total-steps"),
+        (stage1, [*good, "--total-steps", 10, "--warm-start-steps", 11], "--warm-start-steps"),
+        (stage2, [*good, *new, "--critic", tmp_path / "none.pt"], "no such checkpoint"),
+        (stage2, [*good, *new, "--critic", policy], "not of pretrain_q"),
+        (stage2, [*good, *new, "--critic", critic, "--critic-width", 17], "--critic-width 17"),
+        (stage2, [*argv(hopper_file, runs), *new, "--critic-steps", 31], "--critic-steps"),
+        (stage3, ["--env", "walker2d-medium-tiny", "--checkpoint", policy], "not walker2d-medium-tiny"),
+        (stage3, ["--env", ENV, "--runs-dir", tmp_path / "runs"], "no such checkpoint"),
+        (stage3, ["--checkpoint", policy, "--rollouts", 0], "--rollouts"),
+        (stage3, ["--checkpoint", policy, "--compare", critic], "not of train_qalign_dt"),
+        (stage3, ["--checkpoint", policy, "--dataset-path", antmaze_file], "shape"),
+    ]
+    if not torch.cuda.is_available():
+        cases += [(stage, ["--env", ENV, "--device", "cuda"], "no CUDA device") for stage in (stage1, stage2, stage3)]
+    before = tree(runs)
+    for stage, arguments, says in cases:
+        code, out, err = run_main(stage, *arguments)
+        assert (code, out) == (2, "") and says in err and err.count("\n") == 1, (stage.__name__, arguments, out, err)
+        assert not (tmp_path / "runs").exists() and tree(runs) == before
+
+
+def test_a_child_s_error_is_its_own_and_a_missing_child_names_the_flag(tmp_path, run_main, hopper_file):
+    """Stage 1's folder is taken: its one line is all of stderr, its exit code ours. Without pretrain_q.py, --critic is named."""
+    lock = stage2.claim(tmp_path / f"{ENV}__pretrain_q__1")
+    command = [sys.executable, str(ROOT / "train_qalign_dt.py"), *map(str, argv(hopper_file, tmp_path, *TINY2))]
+    result = subprocess.run(command, capture_output=True, text=True)
+    lock.release()
+    assert result.returncode == 2 and "another process" in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / f"{ENV}__train_qalign_dt__1").exists()
+
+    (tmp_path / "alone").mkdir()
+    alone = tmp_path / "alone" / "train_qalign_dt.py"
+    alone.write_bytes((ROOT / "train_qalign_dt.py").read_bytes())
+    command = [sys.executable, str(alone), *map(str, argv(hopper_file, tmp_path / "alone/runs", *TINY2))]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and "--critic" in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "alone" / "runs").exists()
+
+
+@pytest.mark.parametrize("stage", ["pretrain_q", "train_qalign_dt", "evaluate_alignment"])
+def test_help_has_a_text_for_every_flag(stage):
+    out = subprocess.run([sys.executable, str(ROOT / f"{stage}.py"), "--help"], capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}).stdout
+    import dataclasses
+
+    module = sys.modules[stage]
+    for field in dataclasses.fields(module.Args):
+        assert f"--{field.name.replace('_', '-')}" in out
+    assert out.count("(default:") >= len(dataclasses.fields(module.Args)) - 1
