@@ -84,7 +84,9 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.conv = CausalConv(width) if conv else nn.Identity()
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
+        )
 
     def attend(self, x, keep, mask):  # (B, T, D), (B, T, 1), (B, 1, T, T) -> (B, T, D)
         B, T, D = x.shape
@@ -144,7 +146,14 @@ class Policy(nn.Module):
 def make_policy(task: "Task", cfg: dict, bf16: bool) -> Policy:
     """The policy that a resolved configuration describes (randomly initialised from torch's global generator)."""
     return Policy(
-        task.obs_dim, task.act_dim, cfg["embed_dim"], cfg["n_layer"], cfg["n_head"], cfg["max_timestep"], cfg["conv"], bf16=bf16
+        task.obs_dim,
+        task.act_dim,
+        cfg["embed_dim"],
+        cfg["n_layer"],
+        cfg["n_head"],
+        cfg["max_timestep"],
+        cfg["conv"],
+        bf16=bf16,
     )
 
 
@@ -231,9 +240,16 @@ def sweep(trained: Trained, targets: np.ndarray, high_targets, rollouts: int, se
     every_target = np.repeat(np.concatenate([targets, high_targets]), rollouts)
     # reset seeds: every rollout of the sweep starts differently, every checkpoint in the same states
     seeds = np.random.SeedSequence(seed).generate_state(len(every_target)) >> 1
-    with tqdm(total=HORIZON, unit="step", desc=f"{len(targets) + len(high_targets)} targets x {rollouts} rollouts", dynamic_ncols=True) as bar:
+    with tqdm(
+        total=HORIZON,
+        unit="step",
+        desc=f"{len(targets) + len(high_targets)} targets x {rollouts} rollouts",
+        dynamic_ncols=True,
+    ) as bar:
         obs_stats = content["obs_mean"], content["obs_std"]
-        result = rollout(trained.policy, task, every_target, seeds, content["config"]["context_len"], *obs_stats, bar=bar)
+        result = rollout(
+            trained.policy, task, every_target, seeds, content["config"]["context_len"], *obs_stats, bar=bar
+        )
     rows = []
     for j, target in enumerate(every_target[::rollouts]):
         one = slice(j * rollouts, (j + 1) * rollouts)
@@ -268,7 +284,12 @@ def finite(x: float) -> float | None:
 
 def curve_label(record: dict) -> str:
     """How a curve is called: method, run, seed."""
-    method = {(True, True): "Q-Align DT", (True, False): "DT + alignment", (False, True): "DT + conv", (False, False): "DT"}[record["lambda_e"] > 0, record["conv"]]
+    method = {
+        (True, True): "Q-Align DT",
+        (True, False): "DT + alignment",
+        (False, True): "DT + conv",
+        (False, False): "DT",
+    }[record["lambda_e"] > 0, record["conv"]]
     best = ", best checkpoint" if Path(record["checkpoint"]).name == "policy_best.pt" else ""
     return f"{method}, seed {record['seed']}{best}: RMSE {record['alignment_rmse']:.1f}"
 
@@ -280,7 +301,9 @@ def plot(records: list[dict], task: "Task", returns: np.ndarray, title: str, pat
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(7, 6.5), height_ratios=[4, 1], layout="constrained")
+    figure, (top, bottom) = plt.subplots(
+        2, 1, sharex=True, figsize=(7, 6.5), height_ratios=[4, 1], layout="constrained"
+    )
     span = [task.score(returns.min()), task.score(returns.max())]
     top.plot(span, span, "--", color="0.5", linewidth=1, label="achieved = target")
     for record in records:
@@ -307,7 +330,11 @@ def main() -> None:
     device = pick_device(args.device)
     if args.rollouts < 1 or not args.target_step > 0:
         fail("--rollouts must be at least 1 and --target-step positive")
-    path = Path(args.checkpoint) if args.checkpoint else Path(args.runs_dir) / f"{task.name}__{args.exp_name}__{args.seed}" / "policy.pt"
+    path = (
+        Path(args.checkpoint)
+        if args.checkpoint
+        else Path(args.runs_dir) / f"{task.name}__{args.exp_name}__{args.seed}" / "policy.pt"
+    )
     trained = load_policy(path, args.precision, device)
     if task and task.name != trained.task.name:
         fail(f"{path} was trained on --env {trained.task.name}, not {task.name}")
@@ -315,7 +342,9 @@ def main() -> None:
     others = [load_policy(Path(p), args.precision, device) for p in args.compare]
     for other in others:
         if other.task.body != task.body:
-            fail(f"{other.path} is a policy of {other.task.body}, {path} one of {task.body}; --compare needs the same body")
+            fail(
+                f"{other.path} is a policy of {other.task.body}, {path} one of {task.body}; --compare needs the same body"
+            )
     if task.env_id is None:
         fail(f"{task.name}: there is no AntMaze simulator here yet, so its policies cannot be rolled out")
     data, returns = trained.content["data"], trained.content["episode_returns"].numpy()
@@ -327,7 +356,9 @@ def main() -> None:
         fail(f"{folder}: cannot write {stem}.json there; copy the checkpoint to a folder of your own")
 
     if not trained.content.get("finished", True):
-        print(f"note: step {trained.content['step']:,} of {trained.content['config']['total_steps']:,}, this run is not finished")
+        print(
+            f"note: step {trained.content['step']:,} of {trained.content['config']['total_steps']:,}, this run is not finished"
+        )
     targets = target_returns(returns, args.target_step)
     high_targets = task.high_targets if data["is_d4rl"] else tuple(float(returns.max()) * x for x in (1.0, 1.2))
     records = [sweep(x, targets, high_targets, args.rollouts, args.seed) for x in (trained, *others)]
@@ -342,14 +373,19 @@ def main() -> None:
         writer.writeheader()
         for record in records:
             for kind in ("sweep", "high_targets"):
-                writer.writerows({"checkpoint": record["checkpoint"], "seed": record["seed"], "kind": kind} | row for row in record[kind])
+                writer.writerows(
+                    {"checkpoint": record["checkpoint"], "seed": record["seed"], "kind": kind} | row
+                    for row in record[kind]
+                )
     for file in files[:2]:
         os.replace(f"{file}.tmp", file)
     plot(records, task, returns, f"{data['label']}; {args.rollouts} rollouts per target", files[2])
     for record in records:
         print(
             f"{record['checkpoint']}: alignment RMSE {record['alignment_rmse']:.2f}, best score {record['best_score']:.1f}, "
-            + ", ".join(f"{row['score_mean']:.1f} at target {row['target_return']:.0f}" for row in record["high_targets"])
+            + ", ".join(
+                f"{row['score_mean']:.1f} at target {row['target_return']:.0f}" for row in record["high_targets"]
+            )
         )
     print(f"{data['label']}: {files[0]}, {files[1].name}, picture {files[2]}")
 
@@ -411,11 +447,17 @@ def parse_env(name: str) -> Task:
     if name == "hopper-mini":
         quality, tag = "mini", "mini"
     known = MAZES if body == "antmaze" else (*QUALITIES, "mixed")  # "mixed": medium-replay's name before v2
-    if body in BODIES and re.fullmatch(r"[A-Za-z0-9_.]+", tag) and (name == "hopper-mini" or (quality in known and (quality, tag) != ("mixed", "v2"))):
+    if (
+        body in BODIES
+        and re.fullmatch(r"[A-Za-z0-9_.]+", tag)
+        and (name == "hopper-mini" or (quality in known and (quality, tag) != ("mixed", "v2")))
+    ):
         return Task(name, body, quality, tag, *BODIES[body])
     names = [f"{b}-{q}-v2" for b in BODIES for q in (MAZES if b == "antmaze" else QUALITIES)] + ["hopper-mini"]
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
-    fail(f"unknown --env {name!r}: did you mean {', '.join(close)}? (<body>-<quality>-<tag>; any tag but v2 is your own data)")
+    fail(
+        f"unknown --env {name!r}: did you mean {', '.join(close)}? (<body>-<quality>-<tag>; any tag but v2 is your own data)"
+    )
 
 
 def pick_device(name: str) -> torch.device:
@@ -499,7 +541,9 @@ def read_dataset(task: Task, dataset_path: tuple[str, ...]) -> Dataset:
     else:
         paths = [Path(__file__).resolve().parent / "data" / f"{task.name}.hdf5"]
         if not paths[0].is_file():
-            fail(f"--env {task.name} is not a D4RL v2 name and has no {paths[0]}: give its data with --dataset-path FILE")
+            fail(
+                f"--env {task.name} is not a D4RL v2 name and has no {paths[0]}: give its data with --dataset-path FILE"
+            )
     parts = [read_hdf5(path, task) for path in paths]
     arrays = parts[0] if len(parts) == 1 else [np.concatenate(arrays) for arrays in zip(*parts)]
     observations, actions, rewards, terminals, episode_end = arrays
@@ -510,7 +554,9 @@ def read_dataset(task: Task, dataset_path: tuple[str, ...]) -> Dataset:
     ends = np.flatnonzero(episode_end) + 1
     files, is_d4rl = [path.name for path in paths], not dataset_path and task.tag == "v2"
     label = f"{task.name} (D4RL)" if is_d4rl else f"{task.body} data, not D4RL: {' + '.join(files)}"
-    return Dataset(observations, actions, rewards, terminals, ends, files, is_d4rl, tensor_hash([*arrays[:4], ends]), label)
+    return Dataset(
+        observations, actions, rewards, terminals, ends, files, is_d4rl, tensor_hash([*arrays[:4], ends]), label
+    )
 
 
 def read_hdf5(path: Path, task: Task) -> list[np.ndarray]:
@@ -538,7 +584,9 @@ def read_hdf5(path: Path, task: Task) -> list[np.ndarray]:
             fail(f"{path}: {key} has a NaN or infinite value, first in row {row:,}")
     observations, actions, rewards, terminals, timeouts = arrays
     if task.body == "ant" and observations[:, 27:].any():
-        fail(f"{path}: the last 84 of Ant's 111 observations are contact forces, zero in D4RL; here they are not, and Ant-v4 has none")
+        fail(
+            f"{path}: the last 84 of Ant's 111 observations are contact forces, zero in D4RL; here they are not, and Ant-v4 has none"
+        )
     episode_end = terminals | timeouts
     if not episode_end.any():
         fail(f"{path}: no complete episode (terminals and timeouts are all False)")
@@ -583,14 +631,16 @@ def d4rl_file(task: Task) -> Path:
 def make_env(env_id: str):
     """Gymnasium's v4 environment without its known warnings, and without the MUJOCO_LOG.TXT that MuJoCo drops for them."""
     known = "'settotalmass' is deprecated"  # a remark on Gymnasium's half_cheetah.xml
-    mujoco.set_mju_user_warning(lambda message: None if known in message else warnings.warn(f"MuJoCo: {message}", stacklevel=2))
+    mujoco.set_mju_user_warning(
+        lambda message: None if known in message else warnings.warn(f"MuJoCo: {message}", stacklevel=2)
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is out of date. You should consider upgrading to version `v5`")
         return gymnasium.make(env_id).unwrapped
 
 
 class Simulator:
-    """n copies of one Gymnasium v4 body, advanced in lockstep by a thread per core (mj_step releases the GIL).
+    """n copies of one Gymnasium v4 body, advanced in lockstep by as many threads as torch uses (mj_step releases the GIL).
 
     Initial states are those of env.reset(seed); observations, rewards and terminations those of env.step, without its
     time limit. Ant's observation is padded with zeros to D4RL's 111 numbers.
@@ -604,8 +654,7 @@ class Simulator:
             env.reset(seed=int(seed))
             self.sims.append(copy.copy(env.data))  # MjData copies itself whole
         env.close()
-        threads = os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self.threads = threads or 1
+        self.threads = torch.get_num_threads()
         self.pool = ThreadPoolExecutor(self.threads)
 
     def observe(self, index) -> np.ndarray:
@@ -662,7 +711,9 @@ class Rollouts(NamedTuple):
 
 
 @torch.no_grad()
-def rollout(policy: Policy, task: Task, targets, seeds, context_len: int, obs_mean, obs_std, bar=None, stop=None) -> Rollouts | None:
+def rollout(
+    policy: Policy, task: Task, targets, seeds, context_len: int, obs_mean, obs_std, bar=None, stop=None
+) -> Rollouts | None:
     """Roll the policy out once per (target return, seed), all in lockstep as one batch; None if `stop` was requested meanwhile.
 
     The context is the last context_len steps, padded and masked as in training; the RTG token starts at target /

@@ -74,7 +74,11 @@ MINI_SIZE = dict(total_steps=10_000, critic_width=128, lr=3e-4)  # hopper-mini, 
 
 def resolve(args: Args, task: "Task") -> dict:
     """Args with every default filled in: the configuration that checkpoints store. Exits 2 on a value that cannot work."""
-    cfg = {"method": "iql" if task.body == "antmaze" else "sarsa"} | PAPER_SIZE | (MINI_SIZE if task.quality == "mini" else {})
+    cfg = (
+        {"method": "iql" if task.body == "antmaze" else "sarsa"}
+        | PAPER_SIZE
+        | (MINI_SIZE if task.quality == "mini" else {})
+    )
     cfg |= {k: v for k, v in asdict(args).items() if v is not None}
     for name in ("dataset_path", "runs_dir", "checkpoint_minutes"):
         cfg.pop(name, None)  # where things are and how often they are saved do not define a run
@@ -86,7 +90,9 @@ def resolve(args: Args, task: "Task") -> dict:
     # Q' climbs to its level with time constant 1 / (tau per step (1 - gamma)): 40,000 steps with the release's tau. A
     # shorter SARSA run than three of them starts by regression, which needs no climbing, and only ends with SARSA.
     enough = 3 * TARGET_EVERY / (cfg["tau"] * (1 - GAMMA))
-    cfg.setdefault("warm_start_steps", cfg["total_steps"] // 2 if cfg["method"] == "sarsa" and cfg["total_steps"] < enough else 0)
+    cfg.setdefault(
+        "warm_start_steps", cfg["total_steps"] // 2 if cfg["method"] == "sarsa" and cfg["total_steps"] < enough else 0
+    )
     if not 0 <= cfg["warm_start_steps"] <= cfg["total_steps"]:
         fail(f"--warm-start-steps {cfg['warm_start_steps']}: must be between 0 and --total-steps {cfg['total_steps']}")
     return cfg
@@ -127,7 +133,9 @@ class Transitions:
     def __init__(self, data: "Dataset", task: "Task", device: torch.device):
         ends, rewards = np.repeat(data.ends, data.lengths), data.rewards + task.critic_reward_shift
         self.obs = (torch.as_tensor(data.observations).to(device) - data.obs_mean.to(device)) / data.obs_std.to(device)
-        self.act, self.reward, self.terminal = (torch.as_tensor(x).to(device) for x in (data.actions, rewards, data.terminals))
+        self.act, self.reward, self.terminal = (
+            torch.as_tensor(x).to(device) for x in (data.actions, rewards, data.terminals)
+        )
         self.ends = torch.as_tensor(ends).to(device)
         returns, to_last = discounted_returns(rewards, data.ends)
         self.returns, self.to_last = (torch.as_tensor(x, dtype=torch.float32).to(device) for x in (returns, to_last))
@@ -137,10 +145,14 @@ class Transitions:
         held_out = np.zeros(len(data.ends), bool)
         held_out[np.random.default_rng(0).permutation(len(data.ends))[: int(HELD_OUT * len(data.ends))]] = True
         held_out = np.repeat(held_out, data.lengths)
-        self.train, self.held_out = (torch.as_tensor(np.flatnonzero(usable & part)).to(device) for part in (~held_out, held_out))
+        self.train, self.held_out = (
+            torch.as_tensor(np.flatnonzero(usable & part)).to(device) for part in (~held_out, held_out)
+        )
         # where the episode's end cuts less than 1% of the discounting off, or is the MDP's own end, the return is known
         terminal_episode = np.repeat(data.terminals[data.ends - 1], data.lengths)
-        self.known = torch.as_tensor(np.flatnonzero(terminal_episode | (ends - np.arange(len(ends)) > math.log(0.01) / math.log(GAMMA))))
+        self.known = torch.as_tensor(
+            np.flatnonzero(terminal_episode | (ends - np.arange(len(ends)) > math.log(0.01) / math.log(GAMMA)))
+        )
 
 
 def discounted_returns(rewards: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -187,7 +199,11 @@ def report(critic, target_critic, value, data: Transitions, cfg: dict) -> dict:
         return rows[:: max(1, -(-len(rows) // 100_000))].to(data.obs.device)
 
     def q_of(rows):
-        return torch.cat([critic(data.obs[i], data.act[i]).amin(dim=0) for i in rows.split(4096)]) if len(rows) else rows.float()
+        return (
+            torch.cat([critic(data.obs[i], data.act[i]).amin(dim=0) for i in rows.split(4096)])
+            if len(rows)
+            else rows.float()
+        )
 
     held_out = some(data.held_out if len(data.held_out) else data.train)
     td = []
@@ -213,12 +229,6 @@ def iql_target(value: nn.Module, data: Transitions, i: torch.Tensor) -> torch.Te
     return data.reward[i] + GAMMA * ~data.terminal[i] * value(data.obs[following]).squeeze(-1)
 
 
-@torch.no_grad()
-def ema_update(target: nn.Module, online: nn.Module, tau: float) -> None:
-    """target <- (1 - tau) target + tau online."""
-    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
-
-
 def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)
     args = tyro.cli(Args, description=__doc__)
@@ -228,46 +238,46 @@ def main() -> None:
     cfg["device"] = device.type  # the random streams of CPU and CUDA differ, so a run stays on one kind
     folder = Path(args.runs_dir) / f"{args.env}__{args.exp_name}__{args.seed}"
     if check_same_run(folder, "critic.pt", "pretrain_q", cfg, dataset.hash):
-        return print(f"{folder}/critic.pt is finished ({cfg['total_steps']:,} steps); nothing to do (another run: --exp-name)")
+        return print(
+            f"{folder}/critic.pt is finished ({cfg['total_steps']:,} steps); nothing to do (another run: --exp-name)"
+        )
     data = Transitions(dataset, task, device)
     if not len(data.train):
         fail(f"{dataset.label}: no transition with a successor or a terminal in it; the critic needs longer episodes")
 
     lock = claim(folder)
-    print(f"{folder}: {dataset.label}, {len(data.train):,} training transitions, {cfg['method']}, {cfg['total_steps']:,} steps")
+    print(
+        f"{folder}: {dataset.label}, {len(data.train):,} training transitions, {cfg['method']}, {cfg['total_steps']:,} steps"
+    )
     if cfg["warm_start_steps"]:
-        print(f"the first {cfg['warm_start_steps']:,} steps regress on discounted returns-to-go: this is not the paper's pure {cfg['method']}")
+        print(
+            f"the first {cfg['warm_start_steps']:,} steps regress on discounted returns-to-go: this is not the paper's pure {cfg['method']}"
+        )
     torch.set_float32_matmul_precision("highest")  # no TF32
     torch.manual_seed(args.seed)
     critic = DoubleQ(task.obs_dim, task.act_dim, cfg["critic_width"]).to(device)
     target_critic = copy.deepcopy(critic).requires_grad_(False)
     value = mlp(task.obs_dim, cfg["critic_width"]).to(device)  # V(s), used by IQL only
-    opt = torch.optim.Adam([*critic.parameters(), *(value.parameters() if cfg["method"] == "iql" else ())], lr=cfg["lr"])
+    opt = torch.optim.Adam(
+        [*critic.parameters(), *(value.parameters() if cfg["method"] == "iql" else ())], lr=cfg["lr"]
+    )
     parts = dict(critic=critic, target_critic=target_critic, value=value, opt=opt)
     generator = torch.Generator(device).manual_seed(args.seed)
-    meters = torch.zeros(3, device=device)  # sums since the last log line: q_loss, q_mean, v_loss
-    first_bad = torch.full((), -1, dtype=torch.int64, device=device)  # first step whose loss was not finite
+    meters = Meters(["q_loss", "q_mean", "v_loss"], device)
     step = 0
     if state := load_resume(folder, "pretrain_q", cfg, dataset.hash):
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
         step = state["step"]
-        meters.copy_(state["meters"])
-        restore_rng(state["rng"], generator)
-        print(f"continuing at step {step:,}")
-    metrics = MetricsLog(folder / "metrics.csv", ["step", "q_loss", "q_mean", "v_loss"], step)
+        restore(state, parts, meters, generator)
+    metrics = MetricsLog(folder / "metrics.csv", ["step", *meters.names], step)
 
-    def save_resume() -> None:
-        if first_bad >= 0:  # never overwrite the last good checkpoint with what a NaN has touched
-            bar.close()
-            fail(f"step {int(first_bad) + 1}: the loss became NaN or infinite; stopped, {folder}/resume.pt is the last good state; try a lower --lr", code=1)
-        save_checkpoint(folder / "resume.pt", dict(
-            stage="pretrain_q", format=FORMAT, config=cfg, data=dataset.summary(), step=step, meters=meters,
-            rng=rng_state(generator), **{name: part.state_dict() for name, part in parts.items()},
-        ))  # fmt: skip
+    def save() -> None:
+        meters.check(bar, folder, "--lr")  # never overwrite a good checkpoint with a bad one
+        save_resume(folder, "pretrain_q", cfg, dataset, parts, meters, generator, step=step)
 
     stop, saved = StopSignal(), time.monotonic()
-    bar = tqdm(total=cfg["total_steps"], initial=step, unit="step", desc=f"critic ({cfg['method']})", dynamic_ncols=True)
+    bar = tqdm(
+        total=cfg["total_steps"], initial=step, unit="step", desc=f"critic ({cfg['method']})", dynamic_ncols=True
+    )
     while step < cfg["total_steps"] and not stop.requested:
         i = data.train[torch.randint(len(data.train), (cfg["batch_size"],), generator=generator, device=device)]
         v_loss = torch.zeros((), device=device)
@@ -289,23 +299,22 @@ def main() -> None:
         if step % TARGET_EVERY == 0:
             ema_update(target_critic, critic, cfg["tau"])
 
-        values = torch.stack([q_loss.detach(), q_mean, v_loss.detach()])
-        meters += values
-        first_bad = torch.where((first_bad < 0) & ~values.isfinite().all(), step, first_bad)
+        meters.add(torch.stack([q_loss.detach(), q_mean, v_loss.detach()]), step)
         step += 1
         bar.update()
         if step % LOG_EVERY == 0 or step == cfg["total_steps"]:
-            if first_bad >= 0:
-                save_resume()  # says so and stops
-            row = dict(zip(("q_loss", "q_mean", "v_loss"), (meters / ((step - 1) % LOG_EVERY + 1)).tolist()))
-            meters.zero_()
+            meters.check(bar, folder, "--lr")
+            row = meters.means()
             metrics.write({"step": step, **row})
-            bar.set_postfix_str(f"td {row['q_loss']:.3g} q {row['q_mean']:.1f}" + (f" v {row['v_loss']:.3g}" if cfg["method"] == "iql" else ""))
+            bar.set_postfix_str(
+                f"td {row['q_loss']:.3g} q {row['q_mean']:.1f}"
+                + (f" v {row['v_loss']:.3g}" if cfg["method"] == "iql" else "")
+            )
         if time.monotonic() - saved > args.checkpoint_minutes * 60:
-            save_resume()
+            save()
             saved = time.monotonic()
     bar.close()
-    save_resume()
+    save()
     metrics.close()
     if step < cfg["total_steps"]:
         print(f"stopped at step {step:,} of {cfg['total_steps']:,}; the same command continues from there")
@@ -315,11 +324,15 @@ def main() -> None:
         stage="pretrain_q", format=FORMAT, env=args.env, config=cfg, step=step, data=dataset.summary(),
         obs_mean=dataset.obs_mean, obs_std=dataset.obs_std, critic=critic.state_dict(), report=result,
     ))  # fmt: skip
-    (folder / "report.json").write_text(json.dumps({"env": args.env, "data": dataset.summary(), "config": cfg, **result}, indent=2) + "\n")
+    (folder / "report.json").write_text(
+        json.dumps({"env": args.env, "data": dataset.summary(), "config": cfg, **result}, indent=2) + "\n"
+    )
     lock.release()
     print(f"TD loss {result['td_loss']:.4g} on {result['td_loss_on']}")
     if result["q_mean"] is not None:
-        print(f"mean Q {result['q_mean']:.2f}, mean discounted return of the same transitions {result['return_mean']:.2f} (has Q reached its level?)")
+        print(
+            f"mean Q {result['q_mean']:.2f}, mean discounted return of the same transitions {result['return_mean']:.2f} (has Q reached its level?)"
+        )
         print(f"Spearman correlation of Q and discounted return {result['spearman_q_vs_return']:.3f}")
     print(f"{folder}/critic.pt")
 
@@ -381,11 +394,17 @@ def parse_env(name: str) -> Task:
     if name == "hopper-mini":
         quality, tag = "mini", "mini"
     known = MAZES if body == "antmaze" else (*QUALITIES, "mixed")  # "mixed": medium-replay's name before v2
-    if body in BODIES and re.fullmatch(r"[A-Za-z0-9_.]+", tag) and (name == "hopper-mini" or (quality in known and (quality, tag) != ("mixed", "v2"))):
+    if (
+        body in BODIES
+        and re.fullmatch(r"[A-Za-z0-9_.]+", tag)
+        and (name == "hopper-mini" or (quality in known and (quality, tag) != ("mixed", "v2")))
+    ):
         return Task(name, body, quality, tag, *BODIES[body])
     names = [f"{b}-{q}-v2" for b in BODIES for q in (MAZES if b == "antmaze" else QUALITIES)] + ["hopper-mini"]
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
-    fail(f"unknown --env {name!r}: did you mean {', '.join(close)}? (<body>-<quality>-<tag>; any tag but v2 is your own data)")
+    fail(
+        f"unknown --env {name!r}: did you mean {', '.join(close)}? (<body>-<quality>-<tag>; any tag but v2 is your own data)"
+    )
 
 
 def pick_device(name: str) -> torch.device:
@@ -469,7 +488,9 @@ def read_dataset(task: Task, dataset_path: tuple[str, ...]) -> Dataset:
     else:
         paths = [Path(__file__).resolve().parent / "data" / f"{task.name}.hdf5"]
         if not paths[0].is_file():
-            fail(f"--env {task.name} is not a D4RL v2 name and has no {paths[0]}: give its data with --dataset-path FILE")
+            fail(
+                f"--env {task.name} is not a D4RL v2 name and has no {paths[0]}: give its data with --dataset-path FILE"
+            )
     parts = [read_hdf5(path, task) for path in paths]
     arrays = parts[0] if len(parts) == 1 else [np.concatenate(arrays) for arrays in zip(*parts)]
     observations, actions, rewards, terminals, episode_end = arrays
@@ -480,7 +501,9 @@ def read_dataset(task: Task, dataset_path: tuple[str, ...]) -> Dataset:
     ends = np.flatnonzero(episode_end) + 1
     files, is_d4rl = [path.name for path in paths], not dataset_path and task.tag == "v2"
     label = f"{task.name} (D4RL)" if is_d4rl else f"{task.body} data, not D4RL: {' + '.join(files)}"
-    return Dataset(observations, actions, rewards, terminals, ends, files, is_d4rl, tensor_hash([*arrays[:4], ends]), label)
+    return Dataset(
+        observations, actions, rewards, terminals, ends, files, is_d4rl, tensor_hash([*arrays[:4], ends]), label
+    )
 
 
 def read_hdf5(path: Path, task: Task) -> list[np.ndarray]:
@@ -508,7 +531,9 @@ def read_hdf5(path: Path, task: Task) -> list[np.ndarray]:
             fail(f"{path}: {key} has a NaN or infinite value, first in row {row:,}")
     observations, actions, rewards, terminals, timeouts = arrays
     if task.body == "ant" and observations[:, 27:].any():
-        fail(f"{path}: the last 84 of Ant's 111 observations are contact forces, zero in D4RL; here they are not, and Ant-v4 has none")
+        fail(
+            f"{path}: the last 84 of Ant's 111 observations are contact forces, zero in D4RL; here they are not, and Ant-v4 has none"
+        )
     episode_end = terminals | timeouts
     if not episode_end.any():
         fail(f"{path}: no complete episode (terminals and timeouts are all False)")
@@ -588,17 +613,68 @@ def load_resume(folder: Path, stage: str, cfg: dict, data_hash: str) -> dict | N
     return load_checkpoint(folder / "resume.pt", stage)
 
 
-def rng_state(generator: torch.Generator) -> dict:
-    """All random streams of a run: ours, and torch's global ones, which dropout draws from."""
+def save_resume(
+    folder: Path, stage: str, cfg: dict, data: Dataset, parts: dict, meters: "Meters", generator, **counters
+) -> None:
+    """Everything that a killed run needs to go on as if nothing had happened, random streams included (dropout's is torch's)."""
     cuda = torch.cuda.get_rng_state() if generator.device.type == "cuda" else None
-    return {"generator": generator.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+    save_checkpoint(folder / "resume.pt", dict(
+        stage=stage, format=FORMAT, config=cfg, data=data.summary(), meters=meters.sums, meters_count=meters.count,
+        rng={"generator": generator.get_state(), "torch": torch.get_rng_state(), "cuda": cuda},
+        **{name: part.state_dict() for name, part in parts.items()}, **counters,
+    ))  # fmt: skip
 
 
-def restore_rng(state: dict, generator: torch.Generator) -> None:
-    generator.set_state(state["generator"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"])
+def restore(state: dict, parts: dict, meters: "Meters", generator: torch.Generator) -> None:
+    """The reverse of save_resume, but for the counters."""
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    meters.sums.copy_(state["meters"])
+    meters.count = state["meters_count"]
+    generator.set_state(state["rng"]["generator"])
+    torch.set_rng_state(state["rng"]["torch"])
+    if state["rng"]["cuda"] is not None:
+        torch.cuda.set_rng_state(state["rng"]["cuda"])
+    print(f"continuing at step {state['step']:,}")
+
+
+@torch.no_grad()
+def ema_update(target: nn.Module, online: nn.Module, tau: float) -> None:
+    """target <- (1 - tau) target + tau online (Algorithm 1, line 11)."""
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
+
+
+def set_lr(opt: torch.optim.Optimizer, lr: float) -> None:
+    for group in opt.param_groups:
+        group["lr"] = lr
+
+
+class Meters:
+    """Sums of named values on the device, so that no step waits for it, and the first step at which one was not finite."""
+
+    def __init__(self, names: list[str], device: torch.device):
+        self.names, self.count = names, 0
+        self.sums = torch.zeros(len(names), device=device)
+        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+
+    def add(self, values: torch.Tensor, step: int) -> None:  # (len(names),)
+        self.sums += values
+        self.count += 1
+        self.first_bad = torch.where((self.first_bad < 0) & ~values.isfinite().all(), step, self.first_bad)
+
+    def means(self) -> dict[str, float]:
+        """Mean of each value since the last call."""
+        row = dict(zip(self.names, (self.sums / max(self.count, 1)).tolist()))
+        self.sums.zero_()
+        self.count = 0
+        return row
+
+    def check(self, bar: tqdm, folder: Path, lower: str) -> None:
+        """Exit 1 if a value was NaN or infinite; resume.pt then still is the last good state."""
+        if self.first_bad >= 0:
+            bar.close()
+            bad = f"step {int(self.first_bad) + 1}: a loss or its gradient became NaN or infinite"
+            fail(f"{bad}; stopped, {folder}/resume.pt is the last good state; try a lower {lower}", code=1)
 
 
 class StopSignal:
@@ -631,7 +707,9 @@ class MetricsLog:
         os.replace(f"{path}.tmp", path)
         self.file = open(path, "a", newline="")
         self.csv = csv.DictWriter(self.file, fields)
-        self.tensorboard = SummaryWriter(path.parent / "tensorboard" / path.stem, purge_step=last_step + 1 if last_step > 0 else None)
+        self.tensorboard = SummaryWriter(
+            path.parent / "tensorboard" / path.stem, purge_step=last_step + 1 if last_step > 0 else None
+        )
 
     def write(self, row: dict) -> None:
         self.csv.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})

@@ -133,44 +133,6 @@ GAMMA, L2, MAX_GRAD_NORM, LOG_EVERY = 0.99, 1e-4, 15.0, 100
 # critic; a target policy that moves every 5th step and only after step 1,000. It does not mask padding; we do.
 
 
-def resolve(args: Args, task: "Task") -> dict:
-    """Args with every default filled in: the configuration that checkpoints store. Exits 2 on a value that cannot work.
-
-    Only what depends on the data is left to main: rtg_range's default, and the length of the timestep embedding.
-    """
-    row = "antmaze" if task.body == "antmaze" else "-".join((
-        {"ant": "halfcheetah"}.get(task.body, task.body),
-        {"expert": "medium-expert", "random": "medium", "mixed": "medium-replay", "mini": "medium-replay"}.get(task.quality, task.quality),
-    ))  # fmt: skip
-    preset = dict(zip(("sigma_e", "lambda_e", "delta_rtg"), TABLE_D8[row])) | PAPER_SIZE | (MINI_SIZE if task.quality == "mini" else {})
-    cfg = preset | {k: v for k, v in asdict(args).items() if v is not None}
-    for name in ("dataset_path", "runs_dir", "critic", "critic_steps", "checkpoint_minutes"):
-        cfg.pop(name, None)  # where things are and how often they are saved do not define a run
-    if cfg.get("rtg_range") == "off":
-        cfg["rtg_range"] = (-math.inf, math.inf)
-    cfg["half_normal"] = task.body == "antmaze"  # D.5: delta = |eps| there
-    cfg.setdefault("eval_every", max(cfg["total_steps"] // 10, 1))
-    if cfg["lambda_e"] == 0:  # a DT: nothing that concerns the critic defines the run
-        for name in ("sigma_e", "delta_rtg", "alignment", "update_q", "q_noise", "rtg_range", "half_normal", "critic_lr", "critic_width", "tau"):
-            cfg.pop(name, None)
-    for name in ("embed_dim", "n_layer", "n_head", "context_len", "batch_size", "critic_width", "eval_rollouts"):
-        if cfg.get(name, 1) < 1:
-            fail(f"--{name.replace('_', '-')} {cfg[name]}: must be at least 1")
-    for name in ("total_steps", "eval_every", "lambda_e", "sigma_e", "q_noise", "actor_lr", "critic_lr"):
-        if not 0 <= cfg.get(name, 0) < math.inf:
-            fail(f"--{name.replace('_', '-')} {cfg[name]}: must be finite and not negative")
-    if not math.isfinite(cfg.get("delta_rtg", 0)) or not 0 < cfg.get("tau", 1) <= 1:
-        fail("--delta-rtg must be finite and --tau in (0, 1]")
-    if cfg["embed_dim"] % cfg["n_head"]:
-        fail(f"--embed-dim {cfg['embed_dim']} is not a multiple of --n-head {cfg['n_head']}")
-    if args.critic_steps is not None and args.critic_steps < 1:
-        fail(f"--critic-steps {args.critic_steps}: must be at least 1")
-    low, high = cfg.get("rtg_range", (0, 1))
-    if not low < high:
-        fail(f"--rtg-range {low:g} {high:g}: the first must be the smaller one")
-    return cfg
-
-
 # ======== shared: policy (the same text in train_qalign_dt.py, evaluate_alignment.py) ========
 
 
@@ -195,7 +157,9 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.conv = CausalConv(width) if conv else nn.Identity()
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
+        )
 
     def attend(self, x, keep, mask):  # (B, T, D), (B, T, 1), (B, 1, T, T) -> (B, T, D)
         B, T, D = x.shape
@@ -255,7 +219,14 @@ class Policy(nn.Module):
 def make_policy(task: "Task", cfg: dict, bf16: bool) -> Policy:
     """The policy that a resolved configuration describes (randomly initialised from torch's global generator)."""
     return Policy(
-        task.obs_dim, task.act_dim, cfg["embed_dim"], cfg["n_layer"], cfg["n_head"], cfg["max_timestep"], cfg["conv"], bf16=bf16
+        task.obs_dim,
+        task.act_dim,
+        cfg["embed_dim"],
+        cfg["n_layer"],
+        cfg["n_head"],
+        cfg["max_timestep"],
+        cfg["conv"],
+        bf16=bf16,
     )
 
 
@@ -312,12 +283,14 @@ class Batch(NamedTuple):
 class Windows:
     """The whole dataset on the training device; a batch of windows is index arithmetic on it."""
 
-    def __init__(self, data: "Dataset", task: "Task", obs_mean, obs_std, context_len: int, device: torch.device):
+    def __init__(self, data: "Dataset", task: "Task", context_len: int, device: torch.device):
         ends = np.repeat(data.ends, data.lengths)  # (N,) where the episode of each transition ends (exclusive)
         total = np.cumsum(data.rewards, dtype=np.float64)
-        rtg = (total[ends - 1] - total + data.rewards) / task.rtg_scale  # sum of r_i from here to the end of the episode
+        rtg = (
+            total[ends - 1] - total + data.rewards
+        ) / task.rtg_scale  # sum of r_i from here to the end of the episode
         self.K = context_len
-        self.obs = ((torch.as_tensor(data.observations).to(device) - obs_mean.to(device)) / obs_std.to(device)).contiguous()
+        self.obs = (torch.as_tensor(data.observations).to(device) - data.obs_mean.to(device)) / data.obs_std.to(device)
         self.act = torch.as_tensor(data.actions).to(device)
         self.rtg = torch.as_tensor(rtg, dtype=torch.float32).to(device)
         self.reward = torch.as_tensor(data.rewards).to(device) + task.critic_reward_shift
@@ -405,8 +378,15 @@ def actor_loss(policy, critic, batch: Batch, cfg: dict, generator: torch.Generat
     windows = (batch.rtg, batch.obs, batch.act, batch.timestep, batch.valid)
     if cfg["lambda_e"] == 0:
         action_loss, state_loss = supervised_loss(*policy(*windows), batch)
-        return action_loss + state_loss, action_loss.detach(), state_loss.detach(), *torch.zeros(2, device=batch.rtg.device)
-    delta = cfg["sigma_e"] * torch.randn(len(batch.rtg), 1, generator=generator, device=batch.rtg.device)  # one per window
+        return (
+            action_loss + state_loss,
+            action_loss.detach(),
+            state_loss.detach(),
+            *torch.zeros(2, device=batch.rtg.device),
+        )
+    delta = cfg["sigma_e"] * torch.randn(
+        len(batch.rtg), 1, generator=generator, device=batch.rtg.device
+    )  # one per window
     if cfg["half_normal"]:
         delta = delta.abs()
     perturbed, applied = shift_rtg(batch.rtg, batch.valid, delta, cfg["rtg_range"])
@@ -419,159 +399,134 @@ def actor_loss(policy, critic, batch: Batch, cfg: dict, generator: torch.Generat
     critic.requires_grad_(False)  # Eq. 5 differentiates Q with respect to the action, not to its own weights
     q_delta = critic(batch.obs, a_delta)
     critic.requires_grad_(True)
-    align, violated = alignment_loss(q_delta / cfg["q_scale"], q / cfg["q_scale"], applied.sign(), batch.valid, cfg["alignment"])
+    align, violated = alignment_loss(
+        q_delta / cfg["q_scale"], q / cfg["q_scale"], applied.sign(), batch.valid, cfg["alignment"]
+    )
     loss = action_loss + state_loss + cfg["lambda_e"] * align
     return loss, action_loss.detach(), state_loss.detach(), align.detach(), violated
-
-
-@torch.no_grad()
-def ema_update(target: nn.Module, online: nn.Module, tau: float) -> None:
-    """target <- (1 - tau) target + tau online (Algorithm 1, line 11)."""
-    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
 
 
 def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)
     args = tyro.cli(Args, description=__doc__)
-    task, device = parse_env(args.env), pick_device(args.device)
-    cfg = resolve(args, task)
-    aligned = cfg["lambda_e"] > 0
-    data = read_dataset(task, args.dataset_path)
-    if aligned and "rtg_range" not in cfg:
-        cfg["rtg_range"] = task.rtg_range if data.is_d4rl else tuple(float(r(data.returns)) / task.rtg_scale for r in (np.min, np.max))
-    cfg["max_timestep"] = max(HORIZON, int(data.lengths.max()))
-    cfg["precision"] = "bf16" if use_bf16(args.precision, device) else "fp32"
-    cfg["device"] = device.type  # the random streams of CPU and CUDA differ, so a run stays on one kind
-    folder = Path(args.runs_dir) / f"{args.env}__{args.exp_name}__{args.seed}"
-    critic_path = Path(args.critic) if args.critic else Path(args.runs_dir) / f"{args.env}__pretrain_q__{args.seed}" / "critic.pt"
-    stage1 = load_critic(critic_path, args, cfg, task, data) if aligned and (args.critic or critic_path.exists()) else None
-    finished = check_same_run(folder, "policy.pt", "train_qalign_dt", cfg, data.hash)
-    if finished and finished["finished"]:
-        return print(f"{folder}/policy.pt is finished ({finished['step']:,} steps); nothing to do (another run: --exp-name)")
-    announce_duration(args, cfg, task, device, pretrain=aligned and stage1 is None)
-    if aligned and stage1 is None:
-        pretrain(critic_path, args, cfg)
-        stage1 = load_critic(critic_path, args, cfg, task, data)
-
-    lock = claim(folder)
-    print(f"{folder}: {data.label}, {len(data.rewards):,} transitions, {len(data.ends):,} episodes, returns {data.returns.min():.0f} .. {data.returns.max():.0f}")
-    if task.env_id is None:
-        print("there is no simulator for AntMaze here yet: no periodic evaluation")
+    task, device, data, cfg, folder, stage1, lock = prepare(args)  # refuses what cannot work before anything is made
+    aligned, update_q = cfg["lambda_e"] > 0, cfg.get("update_q", False)
     torch.set_float32_matmul_precision("highest")  # no TF32: float32 is float32, for the critic above all
     torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(args.seed)
-    obs_mean, obs_std = data.obs_mean, data.obs_std
-    windows = Windows(data, task, obs_mean, obs_std, cfg["context_len"], device)
+    generator = torch.Generator(device).manual_seed(args.seed)  # windows, deltas and noise; dropout uses the global one
+
+    windows = Windows(data, task, cfg["context_len"], device)
     policy = make_policy(task, cfg, cfg["precision"] == "bf16").to(device)
     actor_opt = torch.optim.Adam(policy.parameters(), lr=cfg["actor_lr"], weight_decay=L2)
-    critic = target_critic = critic_opt = None
-    parts = dict(policy=policy, actor_opt=actor_opt)
+    parts = dict(policy=policy, actor_opt=actor_opt)  # all that a resumed run needs
     if aligned:
-        target_policy = copy.deepcopy(policy).eval().requires_grad_(False)  # eval: no dropout in the critic's targets
         critic = DoubleQ(task.obs_dim, task.act_dim, cfg["critic_width"]).to(device)
         critic.load_state_dict(stage1["critic"])
-        target_critic = copy.deepcopy(critic).requires_grad_(False)
         critic_opt = torch.optim.Adam(critic.parameters(), lr=cfg["critic_lr"])
+        target_critic = copy.deepcopy(critic).requires_grad_(False)
+        target_policy = copy.deepcopy(policy).requires_grad_(False).eval()  # eval: no dropout in the critic's targets
         parts |= dict(target_policy=target_policy, critic=critic, target_critic=target_critic, critic_opt=critic_opt)
-    generator = torch.Generator(device).manual_seed(args.seed)  # windows, deltas and noise; dropout uses the global one
-    names = ["loss", "action_loss", "state_loss", "align_loss", "violated", "q_loss", "q_mean", "actor_grad_norm", "critic_grad_norm"]
-    meters = torch.zeros(len(names), device=device)  # sums since the last log line; fetched every LOG_EVERY steps
-    first_bad = torch.full((), -1, dtype=torch.int64, device=device)  # first step whose loss or gradient was not finite
-    high_targets = task.high_targets if data.is_d4rl else tuple(float(data.returns.max()) * x for x in (1.0, 1.2))
-    step, evaluated, best = 0, -1, -math.inf
+    names = "loss action_loss state_loss align_loss violated actor_grad_norm q_loss q_mean critic_grad_norm".split()
+    meters = Meters(names, device)
+    step, evaluated, best = 0, -1, -math.inf  # gradient steps; last step evaluated at; best score there was
     if state := load_resume(folder, "train_qalign_dt", cfg, data.hash):
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
         step, evaluated, best = state["step"], state["evaluated"], state["best"]
-        meters.copy_(state["meters"])
-        restore_rng(state["rng"], generator)
-        print(f"continuing at step {step:,}")
+        restore(state, parts, meters, generator)
+    high_targets = task.high_targets if data.is_d4rl else tuple(float(data.returns.max()) * x for x in (1.0, 1.2))
     metrics = MetricsLog(folder / "metrics.csv", ["step", *names, "actor_lr"], step)
-    evaluations = MetricsLog(folder / "evaluations.csv", ["step", *(f"score_at_{t:.0f}" for t in high_targets)], evaluated)
+    evaluations = MetricsLog(
+        folder / "evaluations.csv", ["step", *(f"score_at_{t:.0f}" for t in high_targets)], evaluated
+    )
 
-    def save_policy(path: Path, **extra) -> None:  # all that later stages need
-        save_checkpoint(path, dict(
+    def save_policy(name: str, **extra) -> None:  # all that later stages need
+        save_checkpoint(folder / name, dict(
             stage="train_qalign_dt", format=FORMAT, env=args.env, config=cfg, step=step, data=data.summary(),
-            obs_mean=obs_mean, obs_std=obs_std, episode_returns=torch.as_tensor(data.returns),
+            obs_mean=data.obs_mean, obs_std=data.obs_std, episode_returns=torch.as_tensor(data.returns),
             policy=policy.state_dict(), critic=critic.state_dict() if aligned else None, **extra,
         ))  # fmt: skip
 
-    def save_resume(finished: bool = False) -> None:
-        if first_bad >= 0:  # never overwrite the last good checkpoint with what a NaN has touched
-            bar.close()
-            fail(f"step {int(first_bad) + 1}: the loss or its gradient became NaN or infinite; stopped, {folder}/resume.pt is the last good state; try a lower --actor-lr or --lambda-e", code=1)
-        save_checkpoint(folder / "resume.pt", dict(
-            stage="train_qalign_dt", format=FORMAT, config=cfg, data=data.summary(), step=step, evaluated=evaluated, best=best,
-            meters=meters, rng=rng_state(generator), **{name: part.state_dict() for name, part in parts.items()},
-        ))  # fmt: skip
-        save_policy(folder / "policy.pt", finished=finished)
+    def save(finished: bool = False) -> None:
+        meters.check(bar, folder, "--actor-lr or --lambda-e")  # never overwrite a good checkpoint with a bad one
+        save_resume(
+            folder, "train_qalign_dt", cfg, data, parts, meters, generator, step=step, evaluated=evaluated, best=best
+        )
+        save_policy("policy.pt", finished=finished)
 
     stop, saved = StopSignal(), time.monotonic()
-    bar = tqdm(total=cfg["total_steps"], initial=step, unit="step", desc="co-training" if aligned else "training", dynamic_ncols=True)
+    bar = tqdm(
+        total=cfg["total_steps"],
+        initial=step,
+        unit="step",
+        desc="co-training" if aligned else "training",
+        dynamic_ncols=True,
+    )
     while True:
-        if cfg["eval_every"] and evaluated < step and (step % cfg["eval_every"] == 0 or step == cfg["total_steps"]) and task.env_id:
-            save_resume()  # an evaluation can take minutes
-            scores = evaluate(policy, task, high_targets, cfg, obs_mean, obs_std, args.seed, stop)
+        due = cfg["eval_every"] and (step % cfg["eval_every"] == 0 or step == cfg["total_steps"])
+        if due and evaluated < step and task.env_id:
+            save()  # an evaluation can take minutes
+            scores = evaluate(policy, task, high_targets, cfg, data, args.seed, stop)
             if scores is None:
                 break
             evaluated = step
             if max(scores) > best:
                 best = max(scores)
-                save_policy(folder / "policy_best.pt", score=best)
-            evaluations.write({"step": step, **{f"score_at_{t:.0f}": s for t, s in zip(high_targets, scores)}})
-            bar.write(f"step {step:,}: score " + ", ".join(f"{s:.1f} at target {t:.0f}" for t, s in zip(high_targets, scores)))
+                save_policy("policy_best.pt", score=best)
+            evaluations.write({"step": step} | {f"score_at_{t:.0f}": s for t, s in zip(high_targets, scores)})
+            bar.write(
+                f"step {step:,}: score " + ", ".join(f"{s:.1f} at target {t:.0f}" for t, s in zip(high_targets, scores))
+            )
         if step == cfg["total_steps"] or stop.requested:
             break
         lr_factor = 0.5 * (1 + math.cos(math.pi * step / cfg["total_steps"]))
-        for opt, lr in ((actor_opt, cfg["actor_lr"]), (critic_opt, cfg.get("critic_lr"))):
-            for group in opt.param_groups if opt else ():
-                group["lr"] = lr * lr_factor
+        set_lr(actor_opt, cfg["actor_lr"] * lr_factor)
 
         # ---- Algorithm 1, one step ----
         batch = windows.sample(cfg["batch_size"], generator)  # lines 3-4
-        q_loss = q_mean = critic_norm = torch.zeros((), device=device)
-        if aligned and cfg["update_q"]:  # lines 5-6
+        q_metrics = torch.zeros(3, device=device)
+        if update_q:  # lines 5-6
+            set_lr(critic_opt, cfg["critic_lr"] * lr_factor)
             q_loss, q_mean = critic_loss(critic, target_critic, target_policy, batch, cfg, generator)
             critic_opt.zero_grad()
             q_loss.backward()
-            critic_norm = nn.utils.clip_grad_norm_(critic.parameters(), MAX_GRAD_NORM)
+            q_norm = nn.utils.clip_grad_norm_(critic.parameters(), MAX_GRAD_NORM)
             critic_opt.step()
-        loss, action_loss, state_loss, align_loss, violated = actor_loss(policy, critic, batch, cfg, generator)  # lines 7-9
+            q_metrics = torch.stack([q_loss.detach(), q_mean, q_norm])
+        loss, *actor_metrics = actor_loss(policy, critic if aligned else None, batch, cfg, generator)  # lines 7-9
         actor_opt.zero_grad()
         loss.backward()
-        actor_norm = nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
+        norm = nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
         actor_opt.step()  # line 10
-        if aligned and cfg["update_q"]:  # line 11
+        if update_q:  # line 11; with a fixed critic no target is ever used
             ema_update(target_policy, policy, cfg["tau"])
             ema_update(target_critic, critic, cfg["tau"])
 
-        values = torch.stack([loss.detach(), action_loss, state_loss, align_loss, violated, q_loss.detach(), q_mean, actor_norm, critic_norm])
-        meters += values
-        first_bad = torch.where((first_bad < 0) & ~values.isfinite().all(), step, first_bad)
+        meters.add(torch.cat([torch.stack([loss.detach(), *actor_metrics, norm]), q_metrics]), step)
         step += 1
         bar.update()
         if step % LOG_EVERY == 0 or step == cfg["total_steps"]:
-            if first_bad >= 0:
-                save_resume()  # says so and stops
-            row = dict(zip(names, (meters / ((step - 1) % LOG_EVERY + 1)).tolist()))
-            meters.zero_()
+            meters.check(bar, folder, "--actor-lr or --lambda-e")
+            row = meters.means()
             metrics.write({"step": step, **row, "actor_lr": cfg["actor_lr"] * lr_factor})
-            bar.set_postfix_str(
-                f"a {row['action_loss']:.4f} s {row['state_loss']:.3f}"
-                + (f" align {row['align_loss']:.3f} viol {row['violated']:.0%} q {row['q_mean']:.1f} td {row['q_loss']:.2g}" if aligned else "")
-            )
+            text = f"a {row['action_loss']:.4f} s {row['state_loss']:.3f}"
+            if aligned:
+                text += f" align {row['align_loss']:.3f} viol {row['violated']:.0%} q {row['q_mean']:.1f} td {row['q_loss']:.2g}"
+            bar.set_postfix_str(text)
         if time.monotonic() - saved > args.checkpoint_minutes * 60:
-            save_resume()
+            save()
             saved = time.monotonic()
     bar.close()
-    save_resume(finished=not stop.requested)
+    save(finished=not stop.requested)
     metrics.close()
     evaluations.close()
     lock.release()
     if stop.requested:
         print(f"stopped at step {step:,} of {cfg['total_steps']:,}; the same command continues from there")
         sys.exit(130)
-    print(f"{folder}/policy.pt: {step:,} steps" + (f", best score at a high target {best:.1f} (policy_best.pt)" if best > -math.inf else ""))
+    print(
+        f"{folder}/policy.pt: {step:,} steps"
+        + (f", best score at a high target {best:.1f} (policy_best.pt)" if best > -math.inf else "")
+    )
 
 
 # ======== shared: setup (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
@@ -631,11 +586,17 @@ def parse_env(name: str) -> Task:
     if name == "hopper-mini":
         quality, tag = "mini", "mini"
     known = MAZES if body == "antmaze" else (*QUALITIES, "mixed")  # "mixed": medium-replay's name before v2
-    if body in BODIES and re.fullmatch(r"[A-Za-z0-9_.]+", tag) and (name == "hopper-mini" or (quality in known and (quality, tag) != ("mixed", "v2"))):
+    if (
+        body in BODIES
+        and re.fullmatch(r"[A-Za-z0-9_.]+", tag)
+        and (name == "hopper-mini" or (quality in known and (quality, tag) != ("mixed", "v2")))
+    ):
         return Task(name, body, quality, tag, *BODIES[body])
     names = [f"{b}-{q}-v2" for b in BODIES for q in (MAZES if b == "antmaze" else QUALITIES)] + ["hopper-mini"]
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
-    fail(f"unknown --env {name!r}: did you mean {', '.join(close)}? (<body>-<quality>-<tag>; any tag but v2 is your own data)")
+    fail(
+        f"unknown --env {name!r}: did you mean {', '.join(close)}? (<body>-<quality>-<tag>; any tag but v2 is your own data)"
+    )
 
 
 def pick_device(name: str) -> torch.device:
@@ -719,7 +680,9 @@ def read_dataset(task: Task, dataset_path: tuple[str, ...]) -> Dataset:
     else:
         paths = [Path(__file__).resolve().parent / "data" / f"{task.name}.hdf5"]
         if not paths[0].is_file():
-            fail(f"--env {task.name} is not a D4RL v2 name and has no {paths[0]}: give its data with --dataset-path FILE")
+            fail(
+                f"--env {task.name} is not a D4RL v2 name and has no {paths[0]}: give its data with --dataset-path FILE"
+            )
     parts = [read_hdf5(path, task) for path in paths]
     arrays = parts[0] if len(parts) == 1 else [np.concatenate(arrays) for arrays in zip(*parts)]
     observations, actions, rewards, terminals, episode_end = arrays
@@ -730,7 +693,9 @@ def read_dataset(task: Task, dataset_path: tuple[str, ...]) -> Dataset:
     ends = np.flatnonzero(episode_end) + 1
     files, is_d4rl = [path.name for path in paths], not dataset_path and task.tag == "v2"
     label = f"{task.name} (D4RL)" if is_d4rl else f"{task.body} data, not D4RL: {' + '.join(files)}"
-    return Dataset(observations, actions, rewards, terminals, ends, files, is_d4rl, tensor_hash([*arrays[:4], ends]), label)
+    return Dataset(
+        observations, actions, rewards, terminals, ends, files, is_d4rl, tensor_hash([*arrays[:4], ends]), label
+    )
 
 
 def read_hdf5(path: Path, task: Task) -> list[np.ndarray]:
@@ -758,7 +723,9 @@ def read_hdf5(path: Path, task: Task) -> list[np.ndarray]:
             fail(f"{path}: {key} has a NaN or infinite value, first in row {row:,}")
     observations, actions, rewards, terminals, timeouts = arrays
     if task.body == "ant" and observations[:, 27:].any():
-        fail(f"{path}: the last 84 of Ant's 111 observations are contact forces, zero in D4RL; here they are not, and Ant-v4 has none")
+        fail(
+            f"{path}: the last 84 of Ant's 111 observations are contact forces, zero in D4RL; here they are not, and Ant-v4 has none"
+        )
     episode_end = terminals | timeouts
     if not episode_end.any():
         fail(f"{path}: no complete episode (terminals and timeouts are all False)")
@@ -838,17 +805,68 @@ def load_resume(folder: Path, stage: str, cfg: dict, data_hash: str) -> dict | N
     return load_checkpoint(folder / "resume.pt", stage)
 
 
-def rng_state(generator: torch.Generator) -> dict:
-    """All random streams of a run: ours, and torch's global ones, which dropout draws from."""
+def save_resume(
+    folder: Path, stage: str, cfg: dict, data: Dataset, parts: dict, meters: "Meters", generator, **counters
+) -> None:
+    """Everything that a killed run needs to go on as if nothing had happened, random streams included (dropout's is torch's)."""
     cuda = torch.cuda.get_rng_state() if generator.device.type == "cuda" else None
-    return {"generator": generator.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+    save_checkpoint(folder / "resume.pt", dict(
+        stage=stage, format=FORMAT, config=cfg, data=data.summary(), meters=meters.sums, meters_count=meters.count,
+        rng={"generator": generator.get_state(), "torch": torch.get_rng_state(), "cuda": cuda},
+        **{name: part.state_dict() for name, part in parts.items()}, **counters,
+    ))  # fmt: skip
 
 
-def restore_rng(state: dict, generator: torch.Generator) -> None:
-    generator.set_state(state["generator"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"])
+def restore(state: dict, parts: dict, meters: "Meters", generator: torch.Generator) -> None:
+    """The reverse of save_resume, but for the counters."""
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    meters.sums.copy_(state["meters"])
+    meters.count = state["meters_count"]
+    generator.set_state(state["rng"]["generator"])
+    torch.set_rng_state(state["rng"]["torch"])
+    if state["rng"]["cuda"] is not None:
+        torch.cuda.set_rng_state(state["rng"]["cuda"])
+    print(f"continuing at step {state['step']:,}")
+
+
+@torch.no_grad()
+def ema_update(target: nn.Module, online: nn.Module, tau: float) -> None:
+    """target <- (1 - tau) target + tau online (Algorithm 1, line 11)."""
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
+
+
+def set_lr(opt: torch.optim.Optimizer, lr: float) -> None:
+    for group in opt.param_groups:
+        group["lr"] = lr
+
+
+class Meters:
+    """Sums of named values on the device, so that no step waits for it, and the first step at which one was not finite."""
+
+    def __init__(self, names: list[str], device: torch.device):
+        self.names, self.count = names, 0
+        self.sums = torch.zeros(len(names), device=device)
+        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+
+    def add(self, values: torch.Tensor, step: int) -> None:  # (len(names),)
+        self.sums += values
+        self.count += 1
+        self.first_bad = torch.where((self.first_bad < 0) & ~values.isfinite().all(), step, self.first_bad)
+
+    def means(self) -> dict[str, float]:
+        """Mean of each value since the last call."""
+        row = dict(zip(self.names, (self.sums / max(self.count, 1)).tolist()))
+        self.sums.zero_()
+        self.count = 0
+        return row
+
+    def check(self, bar: tqdm, folder: Path, lower: str) -> None:
+        """Exit 1 if a value was NaN or infinite; resume.pt then still is the last good state."""
+        if self.first_bad >= 0:
+            bar.close()
+            bad = f"step {int(self.first_bad) + 1}: a loss or its gradient became NaN or infinite"
+            fail(f"{bad}; stopped, {folder}/resume.pt is the last good state; try a lower {lower}", code=1)
 
 
 class StopSignal:
@@ -881,7 +899,9 @@ class MetricsLog:
         os.replace(f"{path}.tmp", path)
         self.file = open(path, "a", newline="")
         self.csv = csv.DictWriter(self.file, fields)
-        self.tensorboard = SummaryWriter(path.parent / "tensorboard" / path.stem, purge_step=last_step + 1 if last_step > 0 else None)
+        self.tensorboard = SummaryWriter(
+            path.parent / "tensorboard" / path.stem, purge_step=last_step + 1 if last_step > 0 else None
+        )
 
     def write(self, row: dict) -> None:
         self.csv.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
@@ -903,14 +923,16 @@ class MetricsLog:
 def make_env(env_id: str):
     """Gymnasium's v4 environment without its known warnings, and without the MUJOCO_LOG.TXT that MuJoCo drops for them."""
     known = "'settotalmass' is deprecated"  # a remark on Gymnasium's half_cheetah.xml
-    mujoco.set_mju_user_warning(lambda message: None if known in message else warnings.warn(f"MuJoCo: {message}", stacklevel=2))
+    mujoco.set_mju_user_warning(
+        lambda message: None if known in message else warnings.warn(f"MuJoCo: {message}", stacklevel=2)
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is out of date. You should consider upgrading to version `v5`")
         return gymnasium.make(env_id).unwrapped
 
 
 class Simulator:
-    """n copies of one Gymnasium v4 body, advanced in lockstep by a thread per core (mj_step releases the GIL).
+    """n copies of one Gymnasium v4 body, advanced in lockstep by as many threads as torch uses (mj_step releases the GIL).
 
     Initial states are those of env.reset(seed); observations, rewards and terminations those of env.step, without its
     time limit. Ant's observation is padded with zeros to D4RL's 111 numbers.
@@ -924,8 +946,7 @@ class Simulator:
             env.reset(seed=int(seed))
             self.sims.append(copy.copy(env.data))  # MjData copies itself whole
         env.close()
-        threads = os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self.threads = threads or 1
+        self.threads = torch.get_num_threads()
         self.pool = ThreadPoolExecutor(self.threads)
 
     def observe(self, index) -> np.ndarray:
@@ -982,7 +1003,9 @@ class Rollouts(NamedTuple):
 
 
 @torch.no_grad()
-def rollout(policy: Policy, task: Task, targets, seeds, context_len: int, obs_mean, obs_std, bar=None, stop=None) -> Rollouts | None:
+def rollout(
+    policy: Policy, task: Task, targets, seeds, context_len: int, obs_mean, obs_std, bar=None, stop=None
+) -> Rollouts | None:
     """Roll the policy out once per (target return, seed), all in lockstep as one batch; None if `stop` was requested meanwhile.
 
     The context is the last context_len steps, padded and masked as in training; the RTG token starts at target /
@@ -1028,16 +1051,116 @@ def rollout(policy: Policy, task: Task, targets, seeds, context_len: int, obs_me
 # ======== end of shared: rollout ========
 
 
+def resolve(args: Args, task: "Task") -> dict:
+    """Args with every default filled in: the configuration that checkpoints store. Exits 2 on a value that cannot work.
+
+    Only what depends on the data is left to main: rtg_range's default, and the length of the timestep embedding.
+    """
+    row = "antmaze" if task.body == "antmaze" else "-".join((
+        {"ant": "halfcheetah"}.get(task.body, task.body),
+        {"expert": "medium-expert", "random": "medium", "mixed": "medium-replay", "mini": "medium-replay"}.get(task.quality, task.quality),
+    ))  # fmt: skip
+    preset = (
+        dict(zip(("sigma_e", "lambda_e", "delta_rtg"), TABLE_D8[row]))
+        | PAPER_SIZE
+        | (MINI_SIZE if task.quality == "mini" else {})
+    )
+    cfg = preset | {k: v for k, v in asdict(args).items() if v is not None}
+    for name in ("dataset_path", "runs_dir", "critic", "critic_steps", "checkpoint_minutes"):
+        cfg.pop(name, None)  # where things are and how often they are saved do not define a run
+    if cfg.get("rtg_range") == "off":
+        cfg["rtg_range"] = (-math.inf, math.inf)
+    cfg["half_normal"] = task.body == "antmaze"  # D.5: delta = |eps| there
+    cfg.setdefault("eval_every", max(cfg["total_steps"] // 10, 1))
+    if cfg["lambda_e"] == 0:  # a DT: nothing that concerns the critic defines the run
+        for name in (
+            "sigma_e",
+            "delta_rtg",
+            "alignment",
+            "update_q",
+            "q_noise",
+            "rtg_range",
+            "half_normal",
+            "critic_lr",
+            "critic_width",
+            "tau",
+        ):
+            cfg.pop(name, None)
+    for name in ("embed_dim", "n_layer", "n_head", "context_len", "batch_size", "critic_width", "eval_rollouts"):
+        if cfg.get(name, 1) < 1:
+            fail(f"--{name.replace('_', '-')} {cfg[name]}: must be at least 1")
+    for name in ("total_steps", "eval_every", "lambda_e", "sigma_e", "q_noise", "actor_lr", "critic_lr"):
+        if not 0 <= cfg.get(name, 0) < math.inf:
+            fail(f"--{name.replace('_', '-')} {cfg[name]}: must be finite and not negative")
+    if not math.isfinite(cfg.get("delta_rtg", 0)) or not 0 < cfg.get("tau", 1) <= 1:
+        fail("--delta-rtg must be finite and --tau in (0, 1]")
+    if cfg["embed_dim"] % cfg["n_head"]:
+        fail(f"--embed-dim {cfg['embed_dim']} is not a multiple of --n-head {cfg['n_head']}")
+    if args.critic_steps is not None and args.critic_steps < 1:
+        fail(f"--critic-steps {args.critic_steps}: must be at least 1")
+    low, high = cfg.get("rtg_range", (0, 1))
+    if not low < high:
+        fail(f"--rtg-range {low:g} {high:g}: the first must be the smaller one")
+    return cfg
+
+
+class Setup(NamedTuple):
+    task: Task
+    device: torch.device
+    data: Dataset
+    cfg: dict
+    folder: Path
+    stage1: dict | None  # stage 1's checkpoint; None for a DT
+    lock: filelock.FileLock
+
+
+def prepare(args: Args) -> Setup:
+    """Check everything, find or train the critic, and claim the run folder. Exits 0 if the run is already finished."""
+    task, device = parse_env(args.env), pick_device(args.device)
+    cfg = resolve(args, task)
+    aligned = cfg["lambda_e"] > 0
+    data = read_dataset(task, args.dataset_path)
+    if aligned and "rtg_range" not in cfg:
+        own = tuple(float(x) / task.rtg_scale for x in (data.returns.min(), data.returns.max()))
+        cfg["rtg_range"] = task.rtg_range if data.is_d4rl else own
+    cfg["max_timestep"] = max(HORIZON, int(data.lengths.max()))
+    cfg["precision"] = "bf16" if use_bf16(args.precision, device) else "fp32"
+    cfg["device"] = device.type  # the random streams of CPU and CUDA differ, so a run stays on one kind
+    folder = Path(args.runs_dir) / f"{args.env}__{args.exp_name}__{args.seed}"
+    critic_path = Path(args.critic or Path(args.runs_dir) / f"{args.env}__pretrain_q__{args.seed}" / "critic.pt")
+    stage1 = (
+        load_critic(critic_path, args, cfg, task, data) if aligned and (args.critic or critic_path.exists()) else None
+    )
+    found = check_same_run(folder, "policy.pt", "train_qalign_dt", cfg, data.hash)
+    if found and found["finished"]:
+        print(f"{folder}/policy.pt is finished ({found['step']:,} steps); nothing to do (another run: --exp-name)")
+        sys.exit(0)
+    announce_duration(args, cfg, task, device, pretrain=aligned and stage1 is None)
+    if aligned and stage1 is None:
+        pretrain(critic_path, args, cfg)
+        stage1 = load_critic(critic_path, args, cfg, task, data)
+    lock = claim(folder)
+    returns = f"returns {data.returns.min():.0f} .. {data.returns.max():.0f}"
+    print(f"{folder}: {data.label}, {len(data.rewards):,} transitions, {len(data.ends):,} episodes, {returns}")
+    if task.env_id is None:
+        print("there is no simulator for AntMaze here yet: no periodic evaluation")
+    return Setup(task, device, data, cfg, folder, stage1, lock)
+
+
 def load_critic(path: Path, args: Args, cfg: dict, task: Task, data: Dataset) -> dict:
     """Stage 1's checkpoint, checked against this run; adds what of it defines the run to cfg."""
     checkpoint = load_checkpoint(path, "pretrain_q")
     theirs = checkpoint["config"]
     if checkpoint["data"]["hash"] != data.hash:
-        fail(f"{path}: a critic of other data ({checkpoint['data']['label']}); use that data, or train a critic with another --exp-name")
+        fail(
+            f"{path}: a critic of other data ({checkpoint['data']['label']}); use that data, or train a critic with another --exp-name"
+        )
     if theirs["critic_width"] != cfg["critic_width"]:
         fail(f"{path}: a critic of width {theirs['critic_width']}, not --critic-width {cfg['critic_width']}")
     if not args.critic and args.critic_steps not in (None, theirs["total_steps"]):
-        fail(f"{path}: a critic of {theirs['total_steps']:,} steps, not --critic-steps {args.critic_steps:,}; remove it, or name another with --critic")
+        fail(
+            f"{path}: a critic of {theirs['total_steps']:,} steps, not --critic-steps {args.critic_steps:,}; remove it, or name another with --critic"
+        )
     expected = DoubleQ(task.obs_dim, task.act_dim, cfg["critic_width"]).state_dict()
     if {k: v.shape for k, v in checkpoint["critic"].items()} != {k: v.shape for k, v in expected.items()}:
         fail(f"{path}: a critic of other dimensions than {task.name}'s {task.obs_dim} + {task.act_dim}")
@@ -1051,9 +1174,22 @@ def pretrain(critic_path: Path, args: Args, cfg: dict) -> None:
     """Stage 1 as a child process; its stderr and exit code are its own."""
     script = Path(__file__).resolve().parent / "pretrain_q.py"
     if not script.is_file():
-        fail(f"{critic_path}: no such critic, and no pretrain_q.py beside this script to train it; name one with --critic")
+        fail(
+            f"{critic_path}: no such critic, and no pretrain_q.py beside this script to train it; name one with --critic"
+        )
     print(f"{critic_path} is missing: starting pretrain_q.py", flush=True)
-    command = [sys.executable, str(script), "--env", args.env, "--seed", str(args.seed), "--runs-dir", args.runs_dir, "--device", args.device]
+    command = [
+        sys.executable,
+        str(script),
+        "--env",
+        args.env,
+        "--seed",
+        str(args.seed),
+        "--runs-dir",
+        args.runs_dir,
+        "--device",
+        args.device,
+    ]
     command += ["--critic-width", str(cfg["critic_width"])]
     command += ["--dataset-path", *args.dataset_path] if args.dataset_path else []
     command += ["--total-steps", str(args.critic_steps)] if args.critic_steps else []
@@ -1077,20 +1213,29 @@ def announce_duration(args: Args, cfg: dict, task: Task, device: torch.device, p
     width = cfg.get("critic_width", 0)
     q_forward = 4 * (width * (task.obs_dim + task.act_dim + 1) + 2 * width**2)  # one state-action pair, both critics
     aligned = cfg["lambda_e"] > 0
-    policy_work = (7 if aligned else 3) * forward * cfg["total_steps"]  # target 1; clean and perturbed, forward and backward, 6
+    policy_work = (
+        (7 if aligned else 3) * forward * cfg["total_steps"]
+    )  # target 1; clean and perturbed, forward and backward, 6
     critic_work = 8 * q_forward * cfg["batch_size"] * cfg["context_len"] * cfg["total_steps"] * aligned
     critic_work += 4 * q_forward * 512 * (args.critic_steps or 2_000_000) * pretrain
     # a third of the rate of plain matrix products is what such steps reach
     hours = 3 * (policy_work / rate[max(rate, key=rate.get)] + critic_work / rate[torch.float32]) / 3600
     if hours > 1:
-        print(f"about {hours:.0f} hours on this machine ({device.type}); for a check in minutes see the quickstart: --env hopper-mini (README.md)", flush=True)
+        print(
+            f"about {hours:.0f} hours on this machine ({device.type}); for a check in minutes see the quickstart: --env hopper-mini (README.md)",
+            flush=True,
+        )
 
 
-def evaluate(policy: Policy, task: Task, targets, cfg: dict, obs_mean, obs_std, seed: int, stop: StopSignal) -> list[float] | None:
+def evaluate(
+    policy: Policy, task: Task, targets, cfg: dict, data: Dataset, seed: int, stop: StopSignal
+) -> list[float] | None:
     """Mean D4RL score at each target return, over cfg["eval_rollouts"] episodes each, the same ones every time."""
     n = cfg["eval_rollouts"]
     seeds = 1_000_000 + 1_000 * seed + np.tile(np.arange(n), len(targets))
-    result = rollout(policy, task, np.repeat(targets, n), seeds, cfg["context_len"], obs_mean, obs_std, stop=stop)
+    result = rollout(
+        policy, task, np.repeat(targets, n), seeds, cfg["context_len"], data.obs_mean, data.obs_std, stop=stop
+    )
     return None if result is None else [float(x) for x in task.score(result.returns).reshape(-1, n).mean(axis=1)]
 
 

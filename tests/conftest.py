@@ -11,7 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 def write_hdf5(path, observations, actions, rewards, terminals, timeouts):
     with h5py.File(path, "w") as f:
-        for key, x in dict(observations=observations, actions=actions, rewards=rewards, terminals=terminals, timeouts=timeouts).items():
+        for key, x in dict(
+            observations=observations, actions=actions, rewards=rewards, terminals=terminals, timeouts=timeouts
+        ).items():
             f[key] = x
     return path
 

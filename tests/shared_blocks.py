@@ -5,7 +5,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = "train_qalign_dt.py"
-BLOCK = re.compile(r"^# =+ shared: (\w+) \(the same text in ([\w., ]+)\) =+\n.*?^# =+ end of shared: \1 =+\n", re.M | re.S)
+BLOCK = re.compile(
+    r"^# =+ shared: (\w+) \(the same text in ([\w., ]+)\) =+\n.*?^# =+ end of shared: \1 =+\n", re.M | re.S
+)
 
 
 def blocks(text: str) -> dict[str, tuple[str, list[str]]]:

@@ -6,10 +6,8 @@ import importlib.util
 import os
 import sys
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -27,7 +25,9 @@ HOPPER = stage2.parse_env("hopper-medium-test")
 @pytest.mark.parametrize("name", GYM + MAZE + ["hopper-mini", "hopper-mixed-zoo", "walker2d-medium-replay-local"])
 def test_known_names(name):
     task = stage2.parse_env(name)
-    assert name.startswith(task.body) and task.score(task.ref_max) == pytest.approx(100) and task.score(task.ref_min) == 0
+    assert (
+        name.startswith(task.body) and task.score(task.ref_max) == pytest.approx(100) and task.score(task.ref_min) == 0
+    )
 
 
 @pytest.mark.parametrize("name, close", [("hoper-medium-v2", "hopper-medium-v2"), ("hopper-medum-zoo", "hopper-medium"), ("", "-v2"),
@@ -47,7 +47,9 @@ def test_reader_keeps_rows_and_boundaries(hopper_file, hopper_arrays):
     observations, actions, rewards, terminals, timeouts = hopper_arrays
     np.testing.assert_array_equal(data.observations, observations)
     np.testing.assert_array_equal(data.ends, np.flatnonzero(terminals | timeouts) + 1)
-    np.testing.assert_allclose(data.returns, [rewards[a:b].sum(dtype=np.float64) for a, b in zip(data.starts, data.ends)])
+    np.testing.assert_allclose(
+        data.returns, [rewards[a:b].sum(dtype=np.float64) for a, b in zip(data.starts, data.ends)]
+    )
     np.testing.assert_allclose(data.obs_std, observations.std(axis=0) + 1e-6, rtol=1e-4)
     assert not data.is_d4rl and "hopper_tiny.hdf5" in data.label and "v2" not in data.label
 
@@ -99,7 +101,7 @@ def test_ant_with_contact_forces_is_refused(tmp_path, capsys):
 
 def test_windows_equal_a_plain_loop(hopper_file):
     data, K = stage2.read_dataset(HOPPER, (str(hopper_file),)), 6
-    windows = stage2.Windows(data, HOPPER, data.obs_mean, data.obs_std, K, torch.device("cpu"))
+    windows = stage2.Windows(data, HOPPER, K, torch.device("cpu"))
     starts = torch.randint(len(data.rewards), (200,), generator=torch.Generator().manual_seed(3))
     batch = windows.sample(200, torch.Generator().manual_seed(3))
     lengths = set()
@@ -125,7 +127,7 @@ def test_windows_equal_a_plain_loop(hopper_file):
 def test_antmaze_critic_sees_rewards_minus_one_and_the_policy_raw_returns(antmaze_file):
     task = stage2.parse_env("antmaze-umaze-test")
     data = stage2.read_dataset(task, (str(antmaze_file),))
-    windows = stage2.Windows(data, task, data.obs_mean, data.obs_std, 4, torch.device("cpu"))
+    windows = stage2.Windows(data, task, 4, torch.device("cpu"))
     np.testing.assert_allclose(windows.reward, data.rewards - 1)
     assert set(windows.rtg.unique().tolist()) <= {0.0, 1.0} and data.returns.max() == 1
 

@@ -26,17 +26,36 @@ def argv(data, runs, *extra):
 
 
 def tree(folder: Path) -> dict:
-    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()} if folder.exists() else {}
+    return (
+        {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+        if folder.exists()
+        else {}
+    )
 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory, hopper_file):
     """Stage 2 started without a critic, as a user would: it trains one first. Then stage 3."""
     runs = tmp_path_factory.mktemp("runs")
-    command = [sys.executable, str(ROOT / "train_qalign_dt.py"), *map(str, argv(hopper_file, runs, *TINY2, "--critic-steps", 30))]
+    command = [
+        sys.executable,
+        str(ROOT / "train_qalign_dt.py"),
+        *map(str, argv(hopper_file, runs, *TINY2, "--critic-steps", 30)),
+    ]
     two = subprocess.run(command, capture_output=True, text=True, cwd=runs)
     assert two.returncode == 0, two.stderr
-    command = [sys.executable, str(ROOT / "evaluate_alignment.py"), "--env", ENV, "--runs-dir", str(runs), "--rollouts", "2", "--device", "cpu"]
+    command = [
+        sys.executable,
+        str(ROOT / "evaluate_alignment.py"),
+        "--env",
+        ENV,
+        "--runs-dir",
+        str(runs),
+        "--rollouts",
+        "2",
+        "--device",
+        "cpu",
+    ]
     three = subprocess.run(command, capture_output=True, text=True, cwd=runs)
     assert three.returncode == 0, three.stderr
     return runs, two, three
@@ -45,9 +64,21 @@ def pipeline(tmp_path_factory, hopper_file):
 def test_three_stages_end_to_end(pipeline):
     runs, two, three = pipeline
     assert "starting pretrain_q.py" in two.stdout and "hopper_tiny.hdf5" in two.stdout and "(D4RL)" not in two.stdout
-    assert sorted(p.name for p in runs.iterdir()) == [f"{ENV}__pretrain_q__1", f"{ENV}__train_qalign_dt__1"]  # and no MUJOCO_LOG.TXT
+    assert sorted(p.name for p in runs.iterdir()) == [
+        f"{ENV}__pretrain_q__1",
+        f"{ENV}__train_qalign_dt__1",
+    ]  # and no MUJOCO_LOG.TXT
     folder = runs / f"{ENV}__train_qalign_dt__1"
-    assert {"policy.pt", "policy_best.pt", "resume.pt", "metrics.csv", "evaluations.csv", "alignment.json", "alignment.csv", "alignment.png"} <= set(os.listdir(folder))
+    assert {
+        "policy.pt",
+        "policy_best.pt",
+        "resume.pt",
+        "metrics.csv",
+        "evaluations.csv",
+        "alignment.json",
+        "alignment.csv",
+        "alignment.png",
+    } <= set(os.listdir(folder))
     assert not list(runs.rglob("*.tmp")) and list((folder / "tensorboard").rglob("events*"))
     with open(folder / "metrics.csv") as f:
         (row,) = csv.DictReader(f)
@@ -70,7 +101,9 @@ def test_alignment_json_holds_what_the_sweep_did(pipeline):
     errors = [row["score_mean"] - row["target_score"] for row in result["sweep"]]
     assert result["alignment_rmse"] == pytest.approx(np.sqrt(np.mean(np.square(errors))))  # Eq. 8
     assert result["best_score"] == max(row["score_mean"] for row in result["sweep"])
-    assert [row["target_return"] for row in result["high_targets"]] == pytest.approx([float(returns.max()) * x for x in (1.0, 1.2)])
+    assert [row["target_return"] for row in result["high_targets"]] == pytest.approx(
+        [float(returns.max()) * x for x in (1.0, 1.2)]
+    )
     assert result["dataset"]["hash"] == policy["data"]["hash"] and result["dataset"]["files"] == ["hopper_tiny.hdf5"]
     assert -1 <= result["spearman_q_vs_return"] <= 1 and result["rollouts"] == 2 and result["env"] == ENV
     with open(folder / "alignment.csv") as f:
@@ -90,7 +123,9 @@ def test_compare_and_best_checkpoint(pipeline, run_main, hopper_file):
     folder = runs / f"{ENV}__train_qalign_dt__1"
     before = (folder / "alignment.json").read_bytes()
     dt = runs / f"{ENV}__dt__1" / "policy.pt"
-    code, out, err = run_main(stage3, "--checkpoint", folder / "policy_best.pt", "--compare", dt, "--rollouts", 1, "--device", "cpu")
+    code, out, err = run_main(
+        stage3, "--checkpoint", folder / "policy_best.pt", "--compare", dt, "--rollouts", 1, "--device", "cpu"
+    )
     assert code == 0, err
     result = json.loads((folder / "alignment_best.json").read_text())
     (other,) = result["compare"]
@@ -134,7 +169,10 @@ def test_antmaze_trains_and_says_that_it_cannot_be_rolled_out(tmp_path, run_main
     policy = torch.load(tmp_path / f"{name}__train_qalign_dt__1" / "policy.pt", weights_only=True)
     cfg = policy["config"]
     assert (cfg["sigma_e"], cfg["lambda_e"], cfg["delta_rtg"], cfg["half_normal"]) == (5.0, 100.0, 1.0, True)
-    assert cfg["q_scale"] == torch.load(tmp_path / f"{name}__pretrain_q__1" / "critic.pt", weights_only=True)["report"]["q_abs_mean"]
+    assert (
+        cfg["q_scale"]
+        == torch.load(tmp_path / f"{name}__pretrain_q__1" / "critic.pt", weights_only=True)["report"]["q_abs_mean"]
+    )
     code, _, err = run_main(stage3, "--env", name, "--runs-dir", tmp_path)
     assert code == 2 and err.count("\n") == 1 and "AntMaze simulator" in err
 
@@ -148,8 +186,14 @@ def test_table_d8_and_paper_size_are_the_defaults():
 
     paper = cfg("hopper-medium-v2")
     assert (paper["sigma_e"], paper["lambda_e"], paper["delta_rtg"]) == (10, 0.3, 1)
-    assert [paper[k] for k in ("embed_dim", "n_layer", "n_head", "context_len", "batch_size", "critic_width", "total_steps")] == [256, 4, 4, 20, 256, 256, 100_000]
-    assert cfg("hopper-expert-v2")["delta_rtg"] == 5 and cfg("walker2d-random-v2")["delta_rtg"] == 1 and cfg("ant-medium-replay-v2")["lambda_e"] == 5
+    assert [
+        paper[k] for k in ("embed_dim", "n_layer", "n_head", "context_len", "batch_size", "critic_width", "total_steps")
+    ] == [256, 4, 4, 20, 256, 256, 100_000]
+    assert (
+        cfg("hopper-expert-v2")["delta_rtg"] == 5
+        and cfg("walker2d-random-v2")["delta_rtg"] == 1
+        and cfg("ant-medium-replay-v2")["lambda_e"] == 5
+    )
     assert cfg("hopper-mixed-zoo")["delta_rtg"] == 0.5 and cfg("antmaze-large-play-v2")["lambda_e"] == 100
     assert cfg("hopper-medium-v2", delta_rtg=0.0)["delta_rtg"] == 0 and cfg("hopper-mini")["embed_dim"] == 64
     assert "sigma_e" not in cfg("hopper-medium-v2", lambda_e=0.0)
@@ -159,15 +203,25 @@ def test_rtg_range_is_the_datas_own_unless_the_data_is_d4rls(pipeline, tmp_path,
     runs, _, _ = pipeline
     policy = torch.load(runs / f"{ENV}__train_qalign_dt__1" / "policy.pt", weights_only=True)
     low, high = policy["config"]["rtg_range"]
-    assert (low * 1000, high * 1000) == pytest.approx((policy["episode_returns"].min().item(), policy["episode_returns"].max().item()))
+    assert (low * 1000, high * 1000) == pytest.approx(
+        (policy["episode_returns"].min().item(), policy["episode_returns"].max().item())
+    )
     (tmp_path / "d4rl").mkdir()
     (tmp_path / "d4rl" / "hopper_medium-v2.hdf5").write_bytes(hopper_file.read_bytes())
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
     common = ["--env", "hopper-medium-v2", "--runs-dir", tmp_path / "runs"]
     assert run_main(stage1, *common, *TINY1)[0] == 0
     assert run_main(stage2, *common, *TINY2, "--total-steps", 1, "--eval-every", 0)[0] == 0
-    assert run_main(stage2, *common, *TINY2, "--total-steps", 1, "--eval-every", 0, "--rtg-range", "off", "--exp-name", "off")[0] == 0
-    ranges = [torch.load(tmp_path / f"runs/hopper-medium-v2__{n}__1/policy.pt", weights_only=True)["config"]["rtg_range"] for n in ("train_qalign_dt", "off")]
+    assert (
+        run_main(
+            stage2, *common, *TINY2, "--total-steps", 1, "--eval-every", 0, "--rtg-range", "off", "--exp-name", "off"
+        )[0]
+        == 0
+    )
+    ranges = [
+        torch.load(tmp_path / f"runs/hopper-medium-v2__{n}__1/policy.pt", weights_only=True)["config"]["rtg_range"]
+        for n in ("train_qalign_dt", "off")
+    ]
     assert ranges == [(-1.0, 4.0), (-np.inf, np.inf)]
 
 
@@ -195,7 +249,15 @@ def test_killed_and_resumed_ends_with_the_same_weights(pipeline, run_main, hoppe
         assert run_main(stage2, *common, "--exp-name", "whole")[0] == 0
     name = f"killed{int(how)}"
     folder = runs / f"{ENV}__{name}__1"
-    command = [sys.executable, str(ROOT / "train_qalign_dt.py"), *map(str, common), "--exp-name", name, "--checkpoint-minutes", "0"]
+    command = [
+        sys.executable,
+        str(ROOT / "train_qalign_dt.py"),
+        *map(str, common),
+        "--exp-name",
+        name,
+        "--checkpoint-minutes",
+        "0",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:  # until it has got somewhere beyond the first log line
@@ -248,7 +310,14 @@ def test_a_finished_run_says_so_and_changes_nothing(pipeline, run_main, hopper_f
     assert code == 0 and "finished" in out and err == "" and tree(runs) == before
 
 
-@pytest.mark.parametrize("change, named", [(["--sigma-e", 3], "sigma_e 10.0 there, 3.0 here"), (["--total-steps", 31], "total_steps"), (["--no-conv"], "conv")])
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (["--sigma-e", 3], "sigma_e 10.0 there, 3.0 here"),
+        (["--total-steps", 31], "total_steps"),
+        (["--no-conv"], "conv"),
+    ],
+)
 def test_another_configuration_in_the_same_folder_is_refused(pipeline, run_main, hopper_file, change, named):
     runs, _, _ = pipeline
     before = tree(runs)
@@ -256,9 +325,13 @@ def test_another_configuration_in_the_same_folder_is_refused(pipeline, run_main,
     assert code == 2 and named in err and "--exp-name" in err and err.count("\n") == 1 and tree(runs) == before
 
 
-def test_other_data_in_the_same_folder_and_a_critic_of_other_data_are_refused(pipeline, run_main, tmp_path, hopper_arrays):
+def test_other_data_in_the_same_folder_and_a_critic_of_other_data_are_refused(
+    pipeline, run_main, tmp_path, hopper_arrays
+):
     runs, _, _ = pipeline
-    other = write_hdf5(tmp_path / "other.hdf5", hopper_arrays[0], hopper_arrays[1], hopper_arrays[2] + 1, *hopper_arrays[3:])
+    other = write_hdf5(
+        tmp_path / "other.hdf5", hopper_arrays[0], hopper_arrays[1], hopper_arrays[2] + 1, *hopper_arrays[3:]
+    )
     before = tree(runs)
     code, _, err = run_main(stage2, *argv(other, runs, *TINY2, "--lambda-e", 0, "--exp-name", "train_qalign_dt"))
     assert code == 2 and "data" in err and err.count("\n") == 1
@@ -332,7 +405,14 @@ def bad_file(tmp_path, arrays, kind):
 def test_bad_data(stage, kind, says, tmp_path, run_main, hopper_arrays):
     path = bad_file(tmp_path, hopper_arrays, kind)
     code, out, err = run_main(stage, *argv(path, tmp_path / "runs", "--device", "cpu"))
-    assert code == 2 and says in err and path.name in err and err.count("\n") == 1 and out == "" and not (tmp_path / "runs").exists()
+    assert (
+        code == 2
+        and says in err
+        and path.name in err
+        and err.count("\n") == 1
+        and out == ""
+        and not (tmp_path / "runs").exists()
+    )
 
 
 def bad_checkpoint(tmp_path, kind, pipeline):
@@ -360,7 +440,14 @@ def test_bad_checkpoint_in_stage_3(kind, says, tmp_path, run_main, pipeline):
     path = bad_checkpoint(tmp_path, kind, pipeline)
     before = tree(tmp_path)
     code, out, err = run_main(stage3, "--checkpoint", path, "--device", "cpu")
-    assert code == 2 and says in err and str(path) in err and err.count("\n") == 1 and out == "" and tree(tmp_path) == before
+    assert (
+        code == 2
+        and says in err
+        and str(path) in err
+        and err.count("\n") == 1
+        and out == ""
+        and tree(tmp_path) == before
+    )
 
 
 def test_other_bad_input(tmp_path, run_main, pipeline, hopper_file, antmaze_file):
@@ -415,7 +502,12 @@ def test_a_child_s_error_is_its_own_and_a_missing_child_names_the_flag(tmp_path,
 
 @pytest.mark.parametrize("stage", ["pretrain_q", "train_qalign_dt", "evaluate_alignment"])
 def test_help_has_a_text_for_every_flag(stage):
-    out = subprocess.run([sys.executable, str(ROOT / f"{stage}.py"), "--help"], capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}).stdout
+    out = subprocess.run(
+        [sys.executable, str(ROOT / f"{stage}.py"), "--help"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "200"},
+    ).stdout
     import dataclasses
 
     module = sys.modules[stage]

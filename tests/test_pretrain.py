@@ -19,7 +19,9 @@ def chain(tmp_path, terminal: bool):
     observations[:, 0] = np.arange(n)
     terminals = np.array([False, False, terminal, False, False])
     timeouts = np.array([False, False, not terminal, False, True])
-    file = write_hdf5(tmp_path / "chain.hdf5", observations, actions, np.array([1, 2, 3, 4, 5], np.float32), terminals, timeouts)
+    file = write_hdf5(
+        tmp_path / "chain.hdf5", observations, actions, np.array([1, 2, 3, 4, 5], np.float32), terminals, timeouts
+    )
     return stage1.Transitions(stage1.read_dataset(TASK, (str(file),)), TASK, CPU)
 
 
@@ -78,9 +80,18 @@ def test_sarsa_reaches_the_true_values_of_a_terminal_chain(tmp_path, run_main, e
     observations = np.zeros((3 * n, 11), np.float32)
     observations[:, 0] = np.tile([0, 1, 2], n)
     end = np.tile([False, False, True], n)
-    file = write_hdf5(tmp_path / "c.hdf5", observations, np.zeros((3 * n, 3), np.float32), np.tile([1.0, 2.0, 3.0], n).astype(np.float32), end, end & False)
+    file = write_hdf5(
+        tmp_path / "c.hdf5",
+        observations,
+        np.zeros((3 * n, 3), np.float32),
+        np.tile([1.0, 2.0, 3.0], n).astype(np.float32),
+        end,
+        end & False,
+    )
     argv = ["--env", "hopper-medium-test", "--dataset-path", file, "--runs-dir", tmp_path / "runs", "--device", "cpu"]
-    code, out, err = run_main(stage1, *argv, "--critic-width", 32, "--batch-size", 32, "--lr", 0.003, "--total-steps", 600, *extra)
+    code, out, err = run_main(
+        stage1, *argv, "--critic-width", 32, "--batch-size", 32, "--lr", 0.003, "--total-steps", 600, *extra
+    )
     assert code == 0, err
     checkpoint = torch.load(tmp_path / "runs/hopper-medium-test__pretrain_q__1/critic.pt", weights_only=True)
     critic = stage1.DoubleQ(11, 3, 32)
@@ -100,7 +111,21 @@ def test_short_runs_start_by_regression_and_long_ones_do_not():
 
 
 def test_iql_runs_on_antmaze_and_stays_in_the_range_of_shifted_rewards(tmp_path, run_main, antmaze_file):
-    argv = ["--env", "antmaze-umaze-test", "--dataset-path", antmaze_file, "--runs-dir", tmp_path, *TINY1, "--total-steps", 400, "--lr", 0.003, "--tau", 0.05]
+    argv = [
+        "--env",
+        "antmaze-umaze-test",
+        "--dataset-path",
+        antmaze_file,
+        "--runs-dir",
+        tmp_path,
+        *TINY1,
+        "--total-steps",
+        400,
+        "--lr",
+        0.003,
+        "--tau",
+        0.05,
+    ]
     code, out, err = run_main(stage1, *argv)
     assert code == 0, err
     report = json.loads((tmp_path / "antmaze-umaze-test__pretrain_q__1/report.json").read_text())

@@ -84,7 +84,13 @@ def test_rollout_equals_one_environment_at_a_time(policy):
             k = slice(max(0, t + 1 - K), t + 1)
             times = torch.arange(t + 1)[k][None]
             with torch.no_grad():
-                a, _ = policy(torch.tensor(rtg[k])[None].float(), torch.stack(obs[k])[None], torch.stack(act[k])[None], times, torch.ones_like(times).bool())
+                a, _ = policy(
+                    torch.tensor(rtg[k])[None].float(),
+                    torch.stack(obs[k])[None],
+                    torch.stack(act[k])[None],
+                    times,
+                    torch.ones_like(times).bool(),
+                )
             act[-1] = a[0, -1]
             observation, reward, terminated, _, info = env.step(a[0, -1].numpy().astype(np.float64))
             rewards.append(info["x_velocity"])
