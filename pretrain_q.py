@@ -9,6 +9,7 @@ reached the level of the data's discounted returns, and does it rank the data by
 Order of the file: Args, critic, losses, main; then the blocks this file shares with the other stages.
 """
 
+import argparse
 import copy
 import csv
 import difflib
@@ -22,7 +23,7 @@ import sys
 import time
 import urllib.request
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -51,51 +52,24 @@ class Args:
     """where to train; auto takes CUDA if there is one"""
     method: Literal["sarsa", "iql"] | None = None
     """how the critic is trained (default: iql for AntMaze, sarsa for everything else)"""
-    total_steps: int | None = None
-    """gradient steps (default 2,000,000)"""
+    total_steps: int = 2_000_000
+    """gradient steps"""
     warm_start_steps: int | None = None
-    """the first of these steps regress on discounted returns-to-go (default 0, or half of a SARSA run that is too short to reach Q's level)"""
+    """how many of these steps regress on discounted returns first (None: 0, or half of a SARSA run too short for Q's level)"""
     batch_size: int = 512
     """transitions per gradient step"""
-    critic_width: int | None = None
-    """hidden width of the critic (default 256)"""
-    lr: float | None = None
-    """Adam learning rate (default 1e-4)"""
+    critic_width: int = 256
+    """hidden width of the critic"""
+    lr: float = 1e-4
+    """Adam learning rate"""
     tau: float = 0.005
     """step of the target critic's moving average, every 2nd gradient step"""
     checkpoint_minutes: float = 2.0
     """wall-clock time between resume.pt files; the result of a run does not depend on it"""
 
 
+MINI = dict(total_steps=10_000, critic_width=128, lr=3e-4)  # hopper-mini, for two CPU cores; each entry deviates
 GAMMA, EXPECTILE, TARGET_EVERY, HELD_OUT, LOG_EVERY = 0.99, 0.8, 2, 0.05, 1000
-PAPER_SIZE = dict(total_steps=2_000_000, critic_width=256, lr=1e-4)
-MINI_SIZE = dict(total_steps=10_000, critic_width=128, lr=3e-4)  # hopper-mini, for two CPU cores; each entry deviates
-
-
-def resolve(args: Args, task: "Task") -> dict:
-    """Args with every default filled in: the configuration that checkpoints store. Exits 2 on a value that cannot work."""
-    cfg = (
-        {"method": "iql" if task.body == "antmaze" else "sarsa"}
-        | PAPER_SIZE
-        | (MINI_SIZE if task.quality == "mini" else {})
-    )
-    cfg |= {k: v for k, v in asdict(args).items() if v is not None}
-    for name in ("dataset_path", "runs_dir", "checkpoint_minutes"):
-        cfg.pop(name, None)  # where things are and how often they are saved do not define a run
-    for name in ("total_steps", "batch_size", "critic_width"):
-        if cfg[name] < 1:
-            fail(f"--{name.replace('_', '-')} {cfg[name]}: must be at least 1")
-    if not 0 < cfg["lr"] < math.inf or not 0 < cfg["tau"] <= 1:
-        fail("--lr must be positive and finite, --tau in (0, 1]")
-    # Q' climbs to its level with time constant 1 / (tau per step (1 - gamma)): 40,000 steps with the release's tau. A
-    # shorter SARSA run than three of them starts by regression, which needs no climbing, and only ends with SARSA.
-    enough = 3 * TARGET_EVERY / (cfg["tau"] * (1 - GAMMA))
-    cfg.setdefault(
-        "warm_start_steps", cfg["total_steps"] // 2 if cfg["method"] == "sarsa" and cfg["total_steps"] < enough else 0
-    )
-    if not 0 <= cfg["warm_start_steps"] <= cfg["total_steps"]:
-        fail(f"--warm-start-steps {cfg['warm_start_steps']}: must be between 0 and --total-steps {cfg['total_steps']}")
-    return cfg
 
 
 # ======== shared: critic (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
@@ -231,7 +205,7 @@ def iql_target(value: nn.Module, data: Transitions, i: torch.Tensor) -> torch.Te
 
 def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_args()
     task, device = parse_env(args.env), pick_device(args.device)
     cfg = resolve(args, task)
     dataset = read_dataset(task, args.dataset_path)
@@ -724,6 +698,36 @@ class MetricsLog:
 
 
 # ======== end of shared: run ========
+
+
+def parse_args() -> Args:
+    """The command line, with the defaults of its --env. --help shows them."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--env", nargs="?", default=Args.env)
+    task = parse_env(parser.parse_known_args()[0].env or "")
+    preset = MINI if task.quality == "mini" else {}
+    return tyro.cli(Args, default=replace(Args(env=task.name), **preset), description=__doc__)
+
+
+def resolve(args: Args, task: Task) -> dict:
+    """The configuration that defines a run and that checkpoints store; exits 2 on a value that cannot work."""
+    cfg = asdict(args)
+    for name in ("dataset_path", "runs_dir", "checkpoint_minutes"):
+        cfg.pop(name)  # where things are and how often they are saved do not define a run
+    for name in ("total_steps", "batch_size", "critic_width"):
+        if cfg[name] < 1:
+            fail(f"--{name.replace('_', '-')} {cfg[name]}: must be at least 1")
+    if not 0 < args.lr < math.inf or not 0 < args.tau <= 1:
+        fail(f"--lr {args.lr} must be positive and finite, --tau {args.tau} in (0, 1]")
+    cfg["method"] = args.method or ("iql" if task.body == "antmaze" else "sarsa")
+    # Q' climbs to its level with time constant 1 / (tau per step (1 - gamma)): 40,000 steps with the release's tau. A
+    # SARSA run shorter than three of them starts by regression, which needs no climbing, and only ends with SARSA.
+    if args.warm_start_steps is None:
+        too_short = args.total_steps < 3 * TARGET_EVERY / (args.tau * (1 - GAMMA))
+        cfg["warm_start_steps"] = args.total_steps // 2 if cfg["method"] == "sarsa" and too_short else 0
+    if not 0 <= cfg["warm_start_steps"] <= args.total_steps:
+        fail(f"--warm-start-steps {args.warm_start_steps}: must be between 0 and --total-steps {args.total_steps}")
+    return cfg
 
 
 if __name__ == "__main__":

@@ -3,15 +3,18 @@
     python train_qalign_dt.py --env hopper-medium-v2
 
 Reads the dataset and stage 1's critic.pt; writes runs/<env>__<exp-name>__<seed>/ with policy.pt (last step),
-policy_best.pt (best periodic evaluation), resume.pt, metrics.csv and TensorBoard events. One step of `main` is
-    Eq. 7       critic_loss   the critic regresses on what the target policy answers to a request raised by Delta_RTG
-    Eq. 5       actor_loss    asking for more (less) return by a random delta must not lower (raise) Q
-    Eq. 6       actor_loss    ... beside the supervised loss on states and actions, weighted by lambda_e
-    Alg. 1 (11) ema_update    both target networks follow
-from "Return-to-Go Is More Than a Number" (ICML 2026), whose equation and appendix numbers this file uses.
-Order of the file: Args, policy, critic, windows, losses, main; then the blocks this file shares with the other stages.
+policy_best.pt (best periodic evaluation), resume.pt, metrics.csv, evaluations.csv and TensorBoard events.
+
+    critic_loss   Eq. 7   the critic regresses on what the target policy answers to a request raised by Delta_RTG
+    actor_loss    Eq. 5   asking for more (less) return by a random delta must not lower (raise) Q
+                  Eq. 6   ... beside the supervised loss on states and actions, weighted by lambda_e
+    main                  Algorithm 1
+
+Equations, tables and appendices are those of "Return-to-Go Is More Than a Number" (ICML 2026). Order of the file:
+Args, policy, critic, windows, losses, main; then the blocks that this file shares with the other stages.
 """
 
+import argparse
 import copy
 import csv
 import difflib
@@ -26,7 +29,7 @@ import time
 import urllib.request
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -62,28 +65,28 @@ class Args:
     """stage 1's critic.pt (default: the one of this env and seed, trained first if it is missing)"""
     critic_steps: int | None = None
     """--total-steps of stage 1 if this script has to start it (default: stage 1's own)"""
-    total_steps: int | None = None
-    """gradient steps N of the run; the learning rates fall to 0 over them (default 100,000; 0 saves the untrained policy)"""
+    total_steps: int = 100_000
+    """gradient steps N of the run; both learning rates fall to 0 over them; 0 saves the untrained policy"""
 
-    embed_dim: int | None = None
-    """width of the transformer (default 256)"""
-    n_layer: int | None = None
-    """number of transformer blocks (default 4)"""
-    n_head: int | None = None
-    """attention heads per block (default 4)"""
-    context_len: int | None = None
-    """K, the window length in environment steps (default 20, so 60 tokens)"""
-    batch_size: int | None = None
-    """windows per gradient step (default 256)"""
-    critic_width: int | None = None
-    """hidden width of the critic; must be that of --critic (default 256)"""
+    embed_dim: int = 256
+    """width of the transformer"""
+    n_layer: int = 4
+    """number of transformer blocks"""
+    n_head: int = 4
+    """attention heads per block"""
+    context_len: int = 20
+    """K, the window length in environment steps, three tokens each"""
+    batch_size: int = 256
+    """windows per gradient step"""
+    critic_width: int = 256
+    """hidden width of the critic; must be that of --critic"""
 
-    lambda_e: float | None = None
-    """weight of the alignment loss, Eq. 6 (default: Table D.8); 0 trains a DT with convolution, without any critic"""
-    sigma_e: float | None = None
-    """std of the RTG perturbation delta, in units of --env's normalised RTG, Eq. 5 (default: Table D.8)"""
-    delta_rtg: float | None = None
-    """Delta_RTG, by how much the critic's target raises the request, normalised RTG, Eq. 7 (default: Table D.8)"""
+    lambda_e: float = 0.3
+    """weight of the alignment loss, Eq. 6; 0 trains a DT with convolution, without any critic"""
+    sigma_e: float = 10.0
+    """std of the RTG perturbation delta, Eq. 5, normalised RTG (raw return / 1000; AntMaze / 1)"""
+    delta_rtg: float = 1.0
+    """Delta_RTG, by how much the critic's target raises the request, Eq. 7, normalised RTG"""
     alignment: Literal["one-sided", "symmetric", "squared"] = "one-sided"
     """form of the penalty: Eq. 5, or one of the two variants of Table E.11"""
     conv: bool = True
@@ -93,44 +96,47 @@ class Args:
     q_noise: float = 0.0
     """std sigma_n, in raw Q units, of the noise added to the target critic (Table E.13)"""
     rtg_range: tuple[float, float] | Literal["off"] | None = None
-    """LO HI: perturbed windows start with an RTG in here (default: the release's range for D4RL data, else the data's own)"""
+    """LO HI, normalised: where a perturbed window's first RTG must stay (None: the release's for D4RL, else the data's)"""
 
-    actor_lr: float | None = None
-    """Adam learning rate of the policy, with L2 1e-4 (default 3e-4)"""
-    critic_lr: float | None = None
-    """Adam learning rate of the critic (default 3e-4)"""
-    tau: float | None = None
-    """step of both moving averages, the target policy and the target critic (default 0.005)"""
+    actor_lr: float = 3e-4
+    """Adam learning rate of the policy, with L2 1e-4"""
+    critic_lr: float = 3e-4
+    """Adam learning rate of the critic"""
+    tau: float = 0.005
+    """step of both moving averages, the target policy and the target critic"""
     eval_every: int | None = None
-    """gradient steps between evaluations at high targets (default: a tenth of the run); 0: never"""
+    """gradient steps between evaluations at high targets; 0: never (None: a tenth of the run)"""
     eval_rollouts: int = 5
     """episodes per target in those evaluations"""
     checkpoint_minutes: float = 2.0
     """wall-clock time between resume.pt files; the result of a run does not depend on it"""
 
 
-# Table D.8: sigma_e, lambda_e, Delta_RTG, the first and the last in normalised RTG. `expert` is trained with
-# medium-expert's row, `random` with medium's, Ant with HalfCheetah's, and every maze of AntMaze shares one row.
+# Table D.8: sigma_e, lambda_e, Delta_RTG. `expert` is trained with medium-expert's row, `random` with medium's, Ant with
+# HalfCheetah's; every maze of AntMaze shares one row, and the large mazes, which the table lacks, get it too.
 TABLE_D8 = {
-    "walker2d-medium-replay": (10.0, 0.3, 2.0), "walker2d-medium": (10.0, 0.3, 1.0), "walker2d-medium-expert": (10.0, 0.3, 10.0),
-    "halfcheetah-medium-replay": (15.0, 5.0, 5.0), "halfcheetah-medium": (15.0, 5.0, 10.0), "halfcheetah-medium-expert": (15.0, 1.0, 10.0),
-    "hopper-medium-replay": (10.0, 0.3, 0.5), "hopper-medium": (10.0, 0.3, 1.0), "hopper-medium-expert": (10.0, 0.3, 5.0),
+    "walker2d-medium-replay": (10.0, 0.3, 2.0),
+    "walker2d-medium": (10.0, 0.3, 1.0),
+    "walker2d-medium-expert": (10.0, 0.3, 10.0),
+    "halfcheetah-medium-replay": (15.0, 5.0, 5.0),
+    "halfcheetah-medium": (15.0, 5.0, 10.0),
+    "halfcheetah-medium-expert": (15.0, 1.0, 10.0),
+    "hopper-medium-replay": (10.0, 0.3, 0.5),
+    "hopper-medium": (10.0, 0.3, 1.0),
+    "hopper-medium-expert": (10.0, 0.3, 5.0),
     "antmaze": (5.0, 100.0, 1.0),
-}  # fmt: skip
-PAPER_SIZE = dict(
-    total_steps=100_000, embed_dim=256, n_layer=4, n_head=4, context_len=20, batch_size=256, critic_width=256,
-    actor_lr=3e-4, critic_lr=3e-4, tau=0.005,
-)  # fmt: skip
-# hopper-mini is meant for two CPU cores. Every entry deviates from the paper; sigma_e, lambda_e and Delta_RTG suit data
-# whose returns spread evenly and whose RTG range is the data's own.
-MINI_SIZE = dict(
-    total_steps=5_000, embed_dim=64, n_layer=2, n_head=2, context_len=10, batch_size=64, critic_width=128,
-    actor_lr=1e-3, critic_lr=3e-4, tau=0.005, sigma_e=1.0, lambda_e=0.1, delta_rtg=0.5,
-)  # fmt: skip
+}
+SAME_ROW = {"ant": "halfcheetah", "expert": "medium-expert", "random": "medium", "mixed": "medium-replay"}
+# hopper-mini's preset, for two CPU cores: every entry deviates from the paper. sigma_e, lambda_e and Delta_RTG suit data
+# whose returns spread evenly and an RTG range that is the data's own.
+MINI = dict(
+    **dict(total_steps=5_000, embed_dim=64, n_layer=2, n_head=2, context_len=10, batch_size=64, critic_width=128),
+    **dict(actor_lr=1e-3, sigma_e=1.0, lambda_e=0.1, delta_rtg=0.5),
+)
 GAMMA, L2, MAX_GRAD_NORM, LOG_EVERY = 0.99, 1e-4, 15.0, 100
 # The release also has, and we leave out: |delta| floored at 0.2 (AntMaze 1); sigma_e annealed by a cosine to 1 from
-# 3 / 3 / 6 (expert 15) / 10 / 5 (hopper / walker2d / halfcheetah / ant / antmaze); LayerNorm in halfcheetah-medium-expert's
-# critic; a target policy that moves every 5th step and only after step 1,000. It does not mask padding; we do.
+# 3 / 3 / 6 (expert 15) / 10 / 5 (hopper / walker2d / halfcheetah / ant / antmaze); LayerNorm in the critic of
+# halfcheetah-medium-expert; a target policy that moves every 5th step only; attention to padding.
 
 
 # ======== shared: policy (the same text in train_qalign_dt.py, evaluate_alignment.py) ========
@@ -408,7 +414,7 @@ def actor_loss(policy, critic, batch: Batch, cfg: dict, generator: torch.Generat
 
 def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_args()
     task, device, data, cfg, folder, stage1, lock = prepare(args)  # refuses what cannot work before anything is made
     aligned, update_q = cfg["lambda_e"] > 0, cfg.get("update_q", False)
     torch.set_float32_matmul_precision("highest")  # no TF32: float32 is float32, for the critic above all
@@ -1051,56 +1057,52 @@ def rollout(
 # ======== end of shared: rollout ========
 
 
-def resolve(args: Args, task: "Task") -> dict:
-    """Args with every default filled in: the configuration that checkpoints store. Exits 2 on a value that cannot work.
+def parse_args() -> Args:
+    """The command line, with the defaults of its --env: Table D.8's row, or hopper-mini's preset. --help shows them."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--env", nargs="?", default=Args.env)
+    task = parse_env(parser.parse_known_args()[0].env or "")
+    if task.quality == "mini":
+        preset = MINI
+    else:
+        row = f"{SAME_ROW.get(task.body, task.body)}-{SAME_ROW.get(task.quality, task.quality)}"
+        preset = dict(zip(("sigma_e", "lambda_e", "delta_rtg"), TABLE_D8["antmaze" if task.body == "antmaze" else row]))
+    return tyro.cli(Args, default=replace(Args(env=task.name), **preset), description=__doc__)
 
-    Only what depends on the data is left to main: rtg_range's default, and the length of the timestep embedding.
+
+def resolve(args: Args, task: Task) -> dict:
+    """The configuration that defines a run and that checkpoints store; exits 2 on a value that cannot work.
+
+    What depends on the data is left to prepare: rtg_range's default, and the length of the timestep embedding.
     """
-    row = "antmaze" if task.body == "antmaze" else "-".join((
-        {"ant": "halfcheetah"}.get(task.body, task.body),
-        {"expert": "medium-expert", "random": "medium", "mixed": "medium-replay", "mini": "medium-replay"}.get(task.quality, task.quality),
-    ))  # fmt: skip
-    preset = (
-        dict(zip(("sigma_e", "lambda_e", "delta_rtg"), TABLE_D8[row]))
-        | PAPER_SIZE
-        | (MINI_SIZE if task.quality == "mini" else {})
-    )
-    cfg = preset | {k: v for k, v in asdict(args).items() if v is not None}
+    cfg = asdict(args)
     for name in ("dataset_path", "runs_dir", "critic", "critic_steps", "checkpoint_minutes"):
-        cfg.pop(name, None)  # where things are and how often they are saved do not define a run
-    if cfg.get("rtg_range") == "off":
+        cfg.pop(name)  # where things are and how often they are saved do not define a run
+    if cfg["eval_every"] is None:
+        cfg["eval_every"] = max(args.total_steps // 10, 1)
+    if cfg["rtg_range"] == "off":
         cfg["rtg_range"] = (-math.inf, math.inf)
     cfg["half_normal"] = task.body == "antmaze"  # D.5: delta = |eps| there
-    cfg.setdefault("eval_every", max(cfg["total_steps"] // 10, 1))
-    if cfg["lambda_e"] == 0:  # a DT: nothing that concerns the critic defines the run
-        for name in (
-            "sigma_e",
-            "delta_rtg",
-            "alignment",
-            "update_q",
-            "q_noise",
-            "rtg_range",
-            "half_normal",
-            "critic_lr",
-            "critic_width",
-            "tau",
-        ):
-            cfg.pop(name, None)
     for name in ("embed_dim", "n_layer", "n_head", "context_len", "batch_size", "critic_width", "eval_rollouts"):
-        if cfg.get(name, 1) < 1:
+        if cfg[name] < 1:
             fail(f"--{name.replace('_', '-')} {cfg[name]}: must be at least 1")
     for name in ("total_steps", "eval_every", "lambda_e", "sigma_e", "q_noise", "actor_lr", "critic_lr"):
-        if not 0 <= cfg.get(name, 0) < math.inf:
+        if not 0 <= cfg[name] < math.inf:
             fail(f"--{name.replace('_', '-')} {cfg[name]}: must be finite and not negative")
-    if not math.isfinite(cfg.get("delta_rtg", 0)) or not 0 < cfg.get("tau", 1) <= 1:
-        fail("--delta-rtg must be finite and --tau in (0, 1]")
-    if cfg["embed_dim"] % cfg["n_head"]:
-        fail(f"--embed-dim {cfg['embed_dim']} is not a multiple of --n-head {cfg['n_head']}")
+    if not math.isfinite(args.delta_rtg) or not 0 < args.tau <= 1:
+        fail(f"--delta-rtg {args.delta_rtg} must be finite and --tau {args.tau} in (0, 1]")
+    if args.embed_dim % args.n_head:
+        fail(f"--embed-dim {args.embed_dim} is not a multiple of --n-head {args.n_head}")
     if args.critic_steps is not None and args.critic_steps < 1:
         fail(f"--critic-steps {args.critic_steps}: must be at least 1")
-    low, high = cfg.get("rtg_range", (0, 1))
+    low, high = cfg["rtg_range"] or (0, 1)
     if not low < high:
         fail(f"--rtg-range {low:g} {high:g}: the first must be the smaller one")
+    if args.lambda_e == 0:  # a DT: nothing that concerns the critic defines the run
+        for name in ("sigma_e", "delta_rtg", "alignment", "update_q", "q_noise", "rtg_range", "half_normal"):
+            cfg.pop(name)
+        for name in ("critic_lr", "critic_width", "tau"):
+            cfg.pop(name)
     return cfg
 
 
@@ -1120,7 +1122,7 @@ def prepare(args: Args) -> Setup:
     cfg = resolve(args, task)
     aligned = cfg["lambda_e"] > 0
     data = read_dataset(task, args.dataset_path)
-    if aligned and "rtg_range" not in cfg:
+    if aligned and cfg["rtg_range"] is None:
         own = tuple(float(x) / task.rtg_scale for x in (data.returns.min(), data.returns.max()))
         cfg["rtg_range"] = task.rtg_range if data.is_d4rl else own
     cfg["max_timestep"] = max(HORIZON, int(data.lengths.max()))

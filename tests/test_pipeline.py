@@ -180,23 +180,24 @@ def test_antmaze_trains_and_says_that_it_cannot_be_rolled_out(tmp_path, run_main
 # ---- configuration ----
 
 
-def test_table_d8_and_paper_size_are_the_defaults():
-    def cfg(env, **kw):
-        return stage2.resolve(stage2.Args(env=env, **kw), stage2.parse_env(env))
+def test_table_d8_and_paper_size_are_the_defaults(monkeypatch):
+    def cfg(env, *argv):
+        monkeypatch.setattr(sys, "argv", ["train_qalign_dt.py", "--env", env, *argv])
+        return stage2.resolve(stage2.parse_args(), stage2.parse_env(env))
 
-    paper = cfg("hopper-medium-v2")
-    assert (paper["sigma_e"], paper["lambda_e"], paper["delta_rtg"]) == (10, 0.3, 1)
-    assert [
-        paper[k] for k in ("embed_dim", "n_layer", "n_head", "context_len", "batch_size", "critic_width", "total_steps")
-    ] == [256, 4, 4, 20, 256, 256, 100_000]
+    def row(env):
+        return [cfg(env)[k] for k in ("sigma_e", "lambda_e", "delta_rtg")]
+
+    sizes = ("embed_dim", "n_layer", "n_head", "context_len", "batch_size", "critic_width", "total_steps")
+    assert [cfg("hopper-medium-v2")[k] for k in sizes] == [256, 4, 4, 20, 256, 256, 100_000]
+    for name, values in stage2.TABLE_D8.items():
+        assert row("antmaze-medium-play-v2" if name == "antmaze" else f"{name}-v2") == list(values)
     assert (
-        cfg("hopper-expert-v2")["delta_rtg"] == 5
-        and cfg("walker2d-random-v2")["delta_rtg"] == 1
-        and cfg("ant-medium-replay-v2")["lambda_e"] == 5
+        row("hopper-expert-v2") == row("hopper-medium-expert-v2") != row("hopper-medium-v2") == row("hopper-random-zoo")
     )
-    assert cfg("hopper-mixed-zoo")["delta_rtg"] == 0.5 and cfg("antmaze-large-play-v2")["lambda_e"] == 100
-    assert cfg("hopper-medium-v2", delta_rtg=0.0)["delta_rtg"] == 0 and cfg("hopper-mini")["embed_dim"] == 64
-    assert "sigma_e" not in cfg("hopper-medium-v2", lambda_e=0.0)
+    assert row("ant-medium-replay-v2") == [15, 5, 5] and row("hopper-mixed-zoo") == row("hopper-medium-replay-v2")
+    assert cfg("hopper-medium-v2", "--delta-rtg", "0")["delta_rtg"] == 0 and cfg("hopper-mini")["embed_dim"] == 64
+    assert "sigma_e" not in cfg("hopper-medium-v2", "--lambda-e", "0")
 
 
 def test_rtg_range_is_the_datas_own_unless_the_data_is_d4rls(pipeline, tmp_path, run_main, hopper_file, monkeypatch):
