@@ -103,7 +103,7 @@ class Block(nn.Module):
 
 
 class Policy(nn.Module):
-    """Decision Transformer over tokens (rtg_0, s_0, a_0, rtg_1, ...) with App. D.1's heads: rtg -> state, state -> action.
+    """Decision Transformer over tokens (rtg_0, s_0, a_0, rtg_1, ...); heads rtg -> state, state -> action (App. D.1).
 
     Call with rtg (B, K) normalised, obs (B, K, obs_dim) standardised, act (B, K, act_dim) in [-1, 1], timestep (B, K)
     int64 in [0, max_timestep) and valid (B, K) bool, False on the left padding; returns a_hat (B, K, act_dim) and
@@ -172,7 +172,7 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 class DoubleQ(nn.Module):
     """Two independent Q networks: three hidden layers, Mish, linear output (App. D.1).
 
-    Call with obs (..., obs_dim) standardised and act (..., act_dim); returns (2, ...), raw discounted return, gamma 0.99.
+    Call with obs (..., obs_dim) standardised and act (..., act_dim); returns (2, ...): raw return, gamma 0.99.
     Always float32 with TF32 off: the alignment signal is the sign of a small difference of two large numbers.
     """
 
@@ -268,13 +268,23 @@ def sweep(trained: Trained, targets: np.ndarray, high_targets, rollouts: int, se
             q = trained.critic(result.first_obs, result.first_act).amin(dim=0).cpu().numpy()
         swept = len(targets) * rollouts
         q_vs_return = finite(spearmanr(q[:swept], result.returns[:swept]).statistic)
+    cfg = content["config"]
     return {
-        "checkpoint": str(trained.path), "env": task.name, "trained_on": content["data"], "seed": content["config"]["seed"],
-        "step": content["step"], "total_steps": content["config"]["total_steps"], "lambda_e": content["config"]["lambda_e"], "conv": content["config"]["conv"],
-        "alignment_rmse": alignment_rmse(scores, target_scores), "best_score": float(scores.max()),
-        "spearman_target_vs_real": finite(spearmanr(target_scores, scores).statistic), "spearman_q_vs_return": q_vs_return,
-        "high_targets": high_rows, "sweep": rows,
-    }  # fmt: skip
+        "checkpoint": str(trained.path),
+        "env": task.name,
+        "trained_on": content["data"],
+        "seed": cfg["seed"],
+        "step": content["step"],
+        "total_steps": cfg["total_steps"],
+        "lambda_e": cfg["lambda_e"],
+        "conv": cfg["conv"],
+        "alignment_rmse": alignment_rmse(scores, target_scores),
+        "best_score": float(scores.max()),
+        "spearman_target_vs_real": finite(spearmanr(target_scores, scores).statistic),
+        "spearman_q_vs_return": q_vs_return,
+        "high_targets": high_rows,
+        "sweep": rows,
+    }
 
 
 def finite(x: float) -> float | None:
@@ -295,7 +305,7 @@ def curve_label(record: dict) -> str:
 
 
 def plot(records: list[dict], task: "Task", returns: np.ndarray, title: str, path: Path) -> None:
-    """Achieved against target score with the diagonal and a band of one std; below, the returns of the dataset's episodes."""
+    """Achieved against target score, with the diagonal and a band of one std; below, the dataset's returns."""
     import matplotlib  # imported here: it takes a while
 
     matplotlib.use("Agg")
@@ -342,9 +352,7 @@ def main() -> None:
     others = [load_policy(Path(p), args.precision, device) for p in args.compare]
     for other in others:
         if other.task.body != task.body:
-            fail(
-                f"{other.path} is a policy of {other.task.body}, {path} one of {task.body}; --compare needs the same body"
-            )
+            fail(f"{other.path} is a policy of {other.task.body}, not {task.body}; --compare needs the same body")
     if task.env_id is None:
         fail(f"{task.name}: there is no AntMaze simulator here yet, so its policies cannot be rolled out")
     data, returns = trained.content["data"], trained.content["episode_returns"].numpy()
@@ -356,9 +364,7 @@ def main() -> None:
         fail(f"{folder}: cannot write {stem}.json there; copy the checkpoint to a folder of your own")
 
     if not trained.content.get("finished", True):
-        print(
-            f"note: step {trained.content['step']:,} of {trained.content['config']['total_steps']:,}, this run is not finished"
-        )
+        print(f"note: this run is at step {trained.content['step']:,} and not finished")
     targets = target_returns(returns, args.target_step)
     high_targets = task.high_targets if data["is_d4rl"] else tuple(float(returns.max()) * x for x in (1.0, 1.2))
     records = [sweep(x, targets, high_targets, args.rollouts, args.seed) for x in (trained, *others)]
@@ -381,12 +387,11 @@ def main() -> None:
         os.replace(f"{file}.tmp", file)
     plot(records, task, returns, f"{data['label']}; {args.rollouts} rollouts per target", files[2])
     for record in records:
-        print(
-            f"{record['checkpoint']}: alignment RMSE {record['alignment_rmse']:.2f}, best score {record['best_score']:.1f}, "
-            + ", ".join(
-                f"{row['score_mean']:.1f} at target {row['target_return']:.0f}" for row in record["high_targets"]
-            )
+        high = ", ".join(
+            f"{row['score_mean']:.1f} at target {row['target_return']:.0f}" for row in record["high_targets"]
         )
+        summary = f"alignment RMSE {record['alignment_rmse']:.2f}, best score {record['best_score']:.1f}, {high}"
+        print(f"{record['checkpoint']}: {summary}")
     print(f"{data['label']}: {files[0]}, {files[1].name}, picture {files[2]}")
 
 
@@ -434,10 +439,13 @@ BODIES = {
 }
 QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "expert")
 MAZES = {  # D4RL's file names
-    "umaze": "u-maze_noisy_multistart_False_multigoal_False", "umaze-diverse": "u-maze_noisy_multistart_True_multigoal_True",
-    "medium-play": "big-maze_noisy_multistart_True_multigoal_False", "medium-diverse": "big-maze_noisy_multistart_True_multigoal_True",
-    "large-play": "hardest-maze_noisy_multistart_True_multigoal_False", "large-diverse": "hardest-maze_noisy_multistart_True_multigoal_True",
-}  # fmt: skip
+    "umaze": "u-maze_noisy_multistart_False_multigoal_False",
+    "umaze-diverse": "u-maze_noisy_multistart_True_multigoal_True",
+    "medium-play": "big-maze_noisy_multistart_True_multigoal_False",
+    "medium-diverse": "big-maze_noisy_multistart_True_multigoal_True",
+    "large-play": "hardest-maze_noisy_multistart_True_multigoal_False",
+    "large-diverse": "hardest-maze_noisy_multistart_True_multigoal_True",
+}
 
 
 def parse_env(name: str) -> Task:
@@ -456,7 +464,8 @@ def parse_env(name: str) -> Task:
     names = [f"{b}-{q}-v2" for b in BODIES for q in (MAZES if b == "antmaze" else QUALITIES)] + ["hopper-mini"]
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
     fail(
-        f"unknown --env {name!r}: did you mean {', '.join(close)}? (<body>-<quality>-<tag>; any tag but v2 is your own data)"
+        f"unknown --env {name!r}: did you mean {', '.join(close)}? "
+        "(<body>-<quality>-<tag>; any tag but v2 stands for your own data)"
     )
 
 
@@ -533,7 +542,7 @@ class Dataset:
 
 
 def read_dataset(task: Task, dataset_path: tuple[str, ...]) -> Dataset:
-    """The data of a task from --dataset-path, data/<env>.hdf5 or D4RL (downloaded once); exits 2 on data that cannot be right."""
+    """The data of a task, from --dataset-path, data/<env>.hdf5 or D4RL (downloaded once); exits 2 on impossible data."""
     if dataset_path:
         paths = [Path(p) for p in dataset_path]
     elif task.tag == "v2":
@@ -560,7 +569,10 @@ def read_dataset(task: Task, dataset_path: tuple[str, ...]) -> Dataset:
 
 
 def read_hdf5(path: Path, task: Task) -> list[np.ndarray]:
-    """One file in D4RL's layout, checked, without its incomplete last episode: observations, actions, rewards, terminals, episode ends."""
+    """One file in D4RL's layout, checked, without its incomplete last episode.
+
+    Returns observations, actions, rewards, terminals, and where episodes end; shapes as in Dataset, the last (N,) bool.
+    """
     if not path.is_file():
         fail(f"{path}: no such dataset file; check --dataset-path")
     keys = ("observations", "actions", "rewards", "terminals", "timeouts")
@@ -584,9 +596,7 @@ def read_hdf5(path: Path, task: Task) -> list[np.ndarray]:
             fail(f"{path}: {key} has a NaN or infinite value, first in row {row:,}")
     observations, actions, rewards, terminals, timeouts = arrays
     if task.body == "ant" and observations[:, 27:].any():
-        fail(
-            f"{path}: the last 84 of Ant's 111 observations are contact forces, zero in D4RL; here they are not, and Ant-v4 has none"
-        )
+        fail(f"{path}: the last 84 of Ant's 111 observations, contact forces, must be zero as in D4RL: Ant-v4 has none")
     episode_end = terminals | timeouts
     if not episode_end.any():
         fail(f"{path}: no complete episode (terminals and timeouts are all False)")
@@ -595,7 +605,7 @@ def read_hdf5(path: Path, task: Task) -> list[np.ndarray]:
 
 
 def d4rl_file(task: Task) -> Path:
-    """D4RL's file of a -v2 name in D4RL's cache folder; downloaded if it is not there, and renamed only when it is whole."""
+    """D4RL's file of a -v2 name in D4RL's cache folder; downloaded if it is missing, renamed only when it is whole."""
     if task.body == "antmaze":
         url = f"{D4RL_URL}/ant_maze_v2/Ant_maze_{MAZES[task.quality]}_sparse_fixed.hdf5"
     else:
@@ -629,7 +639,7 @@ def d4rl_file(task: Task) -> Path:
 
 
 def make_env(env_id: str):
-    """Gymnasium's v4 environment without its known warnings, and without the MUJOCO_LOG.TXT that MuJoCo drops for them."""
+    """Gymnasium's v4 environment without its known warnings, and without MuJoCo's MUJOCO_LOG.TXT about them."""
     known = "'settotalmass' is deprecated"  # a remark on Gymnasium's half_cheetah.xml
     mujoco.set_mju_user_warning(
         lambda message: None if known in message else warnings.warn(f"MuJoCo: {message}", stacklevel=2)
@@ -640,7 +650,7 @@ def make_env(env_id: str):
 
 
 class Simulator:
-    """n copies of one Gymnasium v4 body, advanced in lockstep by as many threads as torch uses (mj_step releases the GIL).
+    """n copies of one Gymnasium v4 body, advanced in lockstep by as many threads as torch uses.
 
     Initial states are those of env.reset(seed); observations, rewards and terminations those of env.step, without its
     time limit. Ant's observation is padded with zeros to D4RL's 111 numbers.
@@ -678,7 +688,10 @@ class Simulator:
             mujoco.mj_step(self.model, self.sims[i], self.frame_skip)
 
     def step(self, index, actions):
-        """One env.step of the simulations `index` (m,) with actions (m, act_dim): observations, rewards, terminated, x velocities."""
+        """One env.step of the simulations `index` (m,), given actions (m, act_dim).
+
+        Returns observations (m, obs_dim), rewards, terminated and forward velocities in m/s, each (m,).
+        """
         before = self.x_position(index)
         n = min(self.threads, len(index))
         list(self.pool.map(self.advance, np.array_split(index, n), np.array_split(actions, n)))
@@ -714,10 +727,10 @@ class Rollouts(NamedTuple):
 def rollout(
     policy: Policy, task: Task, targets, seeds, context_len: int, obs_mean, obs_std, bar=None, stop=None
 ) -> Rollouts | None:
-    """Roll the policy out once per (target return, seed), all in lockstep as one batch; None if `stop` was requested meanwhile.
+    """Roll the policy out once per (raw target return, seed), all in lockstep as one batch.
 
     The context is the last context_len steps, padded and masked as in training; the RTG token starts at target /
-    rtg_scale and falls by every reward. A rollout that has ended leaves the batch.
+    rtg_scale and falls by every reward. A rollout that has ended leaves the batch. None if `stop` was requested.
     """
     n, K, device = len(targets), context_len, next(policy.parameters()).device
     was_training = policy.training

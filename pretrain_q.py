@@ -55,7 +55,7 @@ class Args:
     total_steps: int = 2_000_000
     """gradient steps"""
     warm_start_steps: int | None = None
-    """how many of these steps regress on discounted returns first (None: 0, or half of a SARSA run too short for Q's level)"""
+    """so many steps first regress on discounted returns (None: 0, but half of a SARSA run too short for Q's level)"""
     batch_size: int = 512
     """transitions per gradient step"""
     critic_width: int = 256
@@ -78,7 +78,7 @@ GAMMA, EXPECTILE, TARGET_EVERY, HELD_OUT, LOG_EVERY = 0.99, 0.8, 2, 0.05, 1000
 class DoubleQ(nn.Module):
     """Two independent Q networks: three hidden layers, Mish, linear output (App. D.1).
 
-    Call with obs (..., obs_dim) standardised and act (..., act_dim); returns (2, ...), raw discounted return, gamma 0.99.
+    Call with obs (..., obs_dim) standardised and act (..., act_dim); returns (2, ...): raw return, gamma 0.99.
     Always float32 with TF32 off: the alignment signal is the sign of a small difference of two large numbers.
     """
 
@@ -102,7 +102,7 @@ def mlp(inputs: int, width: int) -> nn.Sequential:
 
 
 class Transitions:
-    """The whole dataset on the training device. A transition is its row i; s' and a' are row i + 1 of the same episode."""
+    """The whole dataset on the training device; the s' and a' of row i are row i + 1 of the same episode."""
 
     def __init__(self, data: "Dataset", task: "Task", device: torch.device):
         ends, rewards = np.repeat(data.ends, data.lengths), data.rewards + task.critic_reward_shift
@@ -130,7 +130,7 @@ class Transitions:
 
 
 def discounted_returns(rewards: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each transition: sum of gamma^k r over the rest of its episode (N,), and gamma^(steps to the last transition) (N,)."""
+    """(N,) sum of gamma^k r over the rest of each transition's episode, and (N,) gamma^(steps to its last transition)."""
     lengths = np.diff(ends, prepend=0)
     returns = rewards.astype(np.float64)
     for k in range(1, lengths.max()):  # all episodes at once, k steps before their last transition
@@ -147,7 +147,7 @@ def sarsa_target(target_critic: DoubleQ, data: Transitions, i: torch.Tensor) -> 
 
 
 def return_target(target_critic: DoubleQ, data: Transitions, i: torch.Tensor) -> torch.Tensor:
-    """The discounted return-to-go of rows i (B,); an episode cut by a timeout goes on with min_m Q'_m of its last transition."""
+    """The discounted return-to-go of rows i (B,); where a timeout cut it, min_m Q'_m of the last transition goes on."""
     last = data.ends[i] - 1
     q_last = target_critic(data.obs[last], data.act[last]).amin(dim=0)
     return data.returns[i] + data.to_last[i] * ~data.terminal[last] * (q_last - data.reward[last])
@@ -166,7 +166,7 @@ def td_loss(critic: DoubleQ, data: Transitions, i: torch.Tensor, y: torch.Tensor
 
 @torch.no_grad()
 def report(critic, target_critic, value, data: Transitions, cfg: dict) -> dict:
-    """How good the critic is, on up to 100,000 transitions: held-out TD loss, Q against known returns, their rank correlation."""
+    """On up to 100,000 transitions: held-out TD loss, Q against known returns, their rank correlation (Table E.19)."""
     from scipy.stats import spearmanr
 
     def some(rows):  # a fixed, even choice
@@ -224,9 +224,7 @@ def main() -> None:
         f"{folder}: {dataset.label}, {len(data.train):,} training transitions, {cfg['method']}, {cfg['total_steps']:,} steps"
     )
     if cfg["warm_start_steps"]:
-        print(
-            f"the first {cfg['warm_start_steps']:,} steps regress on discounted returns-to-go: this is not the paper's pure {cfg['method']}"
-        )
+        print(f"the first {cfg['warm_start_steps']:,} steps regress on discounted returns-to-go, unlike the paper's")
     torch.set_float32_matmul_precision("highest")  # no TF32
     torch.manual_seed(args.seed)
     critic = DoubleQ(task.obs_dim, task.act_dim, cfg["critic_width"]).to(device)
@@ -246,7 +244,7 @@ def main() -> None:
 
     def save() -> None:
         meters.check(bar, folder, "--lr")  # never overwrite a good checkpoint with a bad one
-        save_resume(folder, "pretrain_q", cfg, dataset, parts, meters, generator, step=step)
+        save_resume(folder, "pretrain_q", cfg, dataset, parts, meters, generator, dict(step=step))
 
     stop, saved = StopSignal(), time.monotonic()
     bar = tqdm(
@@ -305,7 +303,7 @@ def main() -> None:
     print(f"TD loss {result['td_loss']:.4g} on {result['td_loss_on']}")
     if result["q_mean"] is not None:
         print(
-            f"mean Q {result['q_mean']:.2f}, mean discounted return of the same transitions {result['return_mean']:.2f} (has Q reached its level?)"
+            f"mean Q {result['q_mean']:.2f}, mean discounted return of the same transitions {result['return_mean']:.2f}"
         )
         print(f"Spearman correlation of Q and discounted return {result['spearman_q_vs_return']:.3f}")
     print(f"{folder}/critic.pt")
@@ -355,10 +353,13 @@ BODIES = {
 }
 QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "expert")
 MAZES = {  # D4RL's file names
-    "umaze": "u-maze_noisy_multistart_False_multigoal_False", "umaze-diverse": "u-maze_noisy_multistart_True_multigoal_True",
-    "medium-play": "big-maze_noisy_multistart_True_multigoal_False", "medium-diverse": "big-maze_noisy_multistart_True_multigoal_True",
-    "large-play": "hardest-maze_noisy_multistart_True_multigoal_False", "large-diverse": "hardest-maze_noisy_multistart_True_multigoal_True",
-}  # fmt: skip
+    "umaze": "u-maze_noisy_multistart_False_multigoal_False",
+    "umaze-diverse": "u-maze_noisy_multistart_True_multigoal_True",
+    "medium-play": "big-maze_noisy_multistart_True_multigoal_False",
+    "medium-diverse": "big-maze_noisy_multistart_True_multigoal_True",
+    "large-play": "hardest-maze_noisy_multistart_True_multigoal_False",
+    "large-diverse": "hardest-maze_noisy_multistart_True_multigoal_True",
+}
 
 
 def parse_env(name: str) -> Task:
@@ -377,7 +378,8 @@ def parse_env(name: str) -> Task:
     names = [f"{b}-{q}-v2" for b in BODIES for q in (MAZES if b == "antmaze" else QUALITIES)] + ["hopper-mini"]
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
     fail(
-        f"unknown --env {name!r}: did you mean {', '.join(close)}? (<body>-<quality>-<tag>; any tag but v2 is your own data)"
+        f"unknown --env {name!r}: did you mean {', '.join(close)}? "
+        "(<body>-<quality>-<tag>; any tag but v2 stands for your own data)"
     )
 
 
@@ -454,7 +456,7 @@ class Dataset:
 
 
 def read_dataset(task: Task, dataset_path: tuple[str, ...]) -> Dataset:
-    """The data of a task from --dataset-path, data/<env>.hdf5 or D4RL (downloaded once); exits 2 on data that cannot be right."""
+    """The data of a task, from --dataset-path, data/<env>.hdf5 or D4RL (downloaded once); exits 2 on impossible data."""
     if dataset_path:
         paths = [Path(p) for p in dataset_path]
     elif task.tag == "v2":
@@ -481,7 +483,10 @@ def read_dataset(task: Task, dataset_path: tuple[str, ...]) -> Dataset:
 
 
 def read_hdf5(path: Path, task: Task) -> list[np.ndarray]:
-    """One file in D4RL's layout, checked, without its incomplete last episode: observations, actions, rewards, terminals, episode ends."""
+    """One file in D4RL's layout, checked, without its incomplete last episode.
+
+    Returns observations, actions, rewards, terminals, and where episodes end; shapes as in Dataset, the last (N,) bool.
+    """
     if not path.is_file():
         fail(f"{path}: no such dataset file; check --dataset-path")
     keys = ("observations", "actions", "rewards", "terminals", "timeouts")
@@ -505,9 +510,7 @@ def read_hdf5(path: Path, task: Task) -> list[np.ndarray]:
             fail(f"{path}: {key} has a NaN or infinite value, first in row {row:,}")
     observations, actions, rewards, terminals, timeouts = arrays
     if task.body == "ant" and observations[:, 27:].any():
-        fail(
-            f"{path}: the last 84 of Ant's 111 observations are contact forces, zero in D4RL; here they are not, and Ant-v4 has none"
-        )
+        fail(f"{path}: the last 84 of Ant's 111 observations, contact forces, must be zero as in D4RL: Ant-v4 has none")
     episode_end = terminals | timeouts
     if not episode_end.any():
         fail(f"{path}: no complete episode (terminals and timeouts are all False)")
@@ -516,7 +519,7 @@ def read_hdf5(path: Path, task: Task) -> list[np.ndarray]:
 
 
 def d4rl_file(task: Task) -> Path:
-    """D4RL's file of a -v2 name in D4RL's cache folder; downloaded if it is not there, and renamed only when it is whole."""
+    """D4RL's file of a -v2 name in D4RL's cache folder; downloaded if it is missing, renamed only when it is whole."""
     if task.body == "antmaze":
         url = f"{D4RL_URL}/ant_maze_v2/Ant_maze_{MAZES[task.quality]}_sparse_fixed.hdf5"
     else:
@@ -552,7 +555,7 @@ def d4rl_file(task: Task) -> Path:
 def check_same_run(folder: Path, file: str, stage: str, cfg: dict, data_hash: str) -> dict | None:
     """A run is what its configuration says: the checkpoint `file` in folder if it is of this run, None if there is none.
 
-    Exits 2 if the folder holds a run with another configuration or other data. A key that only one side knows is not compared.
+    Exits 2 if the folder holds another configuration or other data. A key that only one side knows is not compared.
     """
     for name in (file, "resume.pt"):
         if not (folder / name).exists():
@@ -567,7 +570,7 @@ def check_same_run(folder: Path, file: str, stage: str, cfg: dict, data_hash: st
 
 
 def claim(folder: Path) -> filelock.FileLock:
-    """Make the run folder and lock it for this process, until it ends in whatever way; exits 2 if another one writes there."""
+    """Make the run folder and lock it until this process ends in whatever way; exits 2 if another one writes there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / ".lock")
@@ -588,9 +591,9 @@ def load_resume(folder: Path, stage: str, cfg: dict, data_hash: str) -> dict | N
 
 
 def save_resume(
-    folder: Path, stage: str, cfg: dict, data: Dataset, parts: dict, meters: "Meters", generator, **counters
+    folder: Path, stage: str, cfg: dict, data: Dataset, parts: dict, meters: "Meters", generator, counters: dict
 ) -> None:
-    """Everything that a killed run needs to go on as if nothing had happened, random streams included (dropout's is torch's)."""
+    """What a killed run needs to go on as if nothing had happened, random streams (dropout's is torch's) included."""
     cuda = torch.cuda.get_rng_state() if generator.device.type == "cuda" else None
     save_checkpoint(folder / "resume.pt", dict(
         stage=stage, format=FORMAT, config=cfg, data=data.summary(), meters=meters.sums, meters_count=meters.count,
@@ -624,7 +627,7 @@ def set_lr(opt: torch.optim.Optimizer, lr: float) -> None:
 
 
 class Meters:
-    """Sums of named values on the device, so that no step waits for it, and the first step at which one was not finite."""
+    """Sums of named values on the device, so that no step waits for it, and the first step that was not finite."""
 
     def __init__(self, names: list[str], device: torch.device):
         self.names, self.count = names, 0
@@ -652,7 +655,7 @@ class Meters:
 
 
 class StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a flag that the training loop reads between two steps; a second one stops at once."""
+    """Makes the first Ctrl-C or SIGTERM a flag that is read between two steps; a second one stops at once."""
 
     def __init__(self):
         self.requested = False

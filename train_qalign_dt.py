@@ -96,7 +96,7 @@ class Args:
     q_noise: float = 0.0
     """std sigma_n, in raw Q units, of the noise added to the target critic (Table E.13)"""
     rtg_range: tuple[float, float] | Literal["off"] | None = None
-    """LO HI, normalised: where a perturbed window's first RTG must stay (None: the release's for D4RL, else the data's)"""
+    """LO HI, normalised: bounds of a perturbed window's first RTG (None: the release's for D4RL, else the data's own)"""
 
     actor_lr: float = 3e-4
     """Adam learning rate of the policy, with L2 1e-4"""
@@ -182,7 +182,7 @@ class Block(nn.Module):
 
 
 class Policy(nn.Module):
-    """Decision Transformer over tokens (rtg_0, s_0, a_0, rtg_1, ...) with App. D.1's heads: rtg -> state, state -> action.
+    """Decision Transformer over tokens (rtg_0, s_0, a_0, rtg_1, ...); heads rtg -> state, state -> action (App. D.1).
 
     Call with rtg (B, K) normalised, obs (B, K, obs_dim) standardised, act (B, K, act_dim) in [-1, 1], timestep (B, K)
     int64 in [0, max_timestep) and valid (B, K) bool, False on the left padding; returns a_hat (B, K, act_dim) and
@@ -251,7 +251,7 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 class DoubleQ(nn.Module):
     """Two independent Q networks: three hidden layers, Mish, linear output (App. D.1).
 
-    Call with obs (..., obs_dim) standardised and act (..., act_dim); returns (2, ...), raw discounted return, gamma 0.99.
+    Call with obs (..., obs_dim) standardised and act (..., act_dim); returns (2, ...): raw return, gamma 0.99.
     Always float32 with TF32 off: the alignment signal is the sign of a small difference of two large numbers.
     """
 
@@ -362,7 +362,10 @@ def critic_loss(critic, target_critic, target_policy, batch: Batch, cfg: dict, g
 
 
 def supervised_loss(a_hat, s_hat, batch: Batch):
-    """The two halves of L_SL, means over valid steps and dimensions (the paper sums; lambda_e belongs to the release's means)."""
+    """The two halves of L_SL as means over valid steps and dimensions.
+
+    (The paper writes sums; its lambda_e belongs to the means that the release takes.)
+    """
     return (
         masked_mean(((a_hat - batch.act) ** 2).mean(dim=-1), batch.valid),
         masked_mean(((s_hat - batch.obs) ** 2).mean(dim=-1), batch.valid),
@@ -380,21 +383,17 @@ def alignment_loss(q_delta, q, sign, valid, kind: str):
 
 
 def actor_loss(policy, critic, batch: Batch, cfg: dict, generator: torch.Generator):
-    """L_SL + lambda_e L_align, Eq. 6, and its parts. The gradient reaches the policy through a_hat_delta; Q does not change."""
+    """L_SL + lambda_e L_align, Eq. 6, and its parts: action, state and alignment loss, share of violated pairs.
+
+    L_align's gradient reaches the policy through a_hat_delta only, and no weight of Q.
+    """
     windows = (batch.rtg, batch.obs, batch.act, batch.timestep, batch.valid)
     if cfg["lambda_e"] == 0:
         action_loss, state_loss = supervised_loss(*policy(*windows), batch)
-        return (
-            action_loss + state_loss,
-            action_loss.detach(),
-            state_loss.detach(),
-            *torch.zeros(2, device=batch.rtg.device),
-        )
-    delta = cfg["sigma_e"] * torch.randn(
-        len(batch.rtg), 1, generator=generator, device=batch.rtg.device
-    )  # one per window
-    if cfg["half_normal"]:
-        delta = delta.abs()
+        nothing = torch.zeros((), device=batch.rtg.device)
+        return action_loss + state_loss, action_loss.detach(), state_loss.detach(), nothing, nothing
+    delta = torch.randn(len(batch.rtg), 1, generator=generator, device=batch.rtg.device)  # one per window
+    delta = cfg["sigma_e"] * (delta.abs() if cfg["half_normal"] else delta)
     perturbed, applied = shift_rtg(batch.rtg, batch.valid, delta, cfg["rtg_range"])
     # clean and perturbed windows in one forward pass; dropout draws an independent mask for each row
     both = (torch.cat([batch.rtg, perturbed]), *(torch.cat([x, x]) for x in windows[1:]))
@@ -405,9 +404,8 @@ def actor_loss(policy, critic, batch: Batch, cfg: dict, generator: torch.Generat
     critic.requires_grad_(False)  # Eq. 5 differentiates Q with respect to the action, not to its own weights
     q_delta = critic(batch.obs, a_delta)
     critic.requires_grad_(True)
-    align, violated = alignment_loss(
-        q_delta / cfg["q_scale"], q / cfg["q_scale"], applied.sign(), batch.valid, cfg["alignment"]
-    )
+    q, q_delta = q / cfg["q_scale"], q_delta / cfg["q_scale"]  # 1 but for AntMaze
+    align, violated = alignment_loss(q_delta, q, applied.sign(), batch.valid, cfg["alignment"])
     loss = action_loss + state_loss + cfg["lambda_e"] * align
     return loss, action_loss.detach(), state_loss.detach(), align.detach(), violated
 
@@ -441,9 +439,8 @@ def main() -> None:
         restore(state, parts, meters, generator)
     high_targets = task.high_targets if data.is_d4rl else tuple(float(data.returns.max()) * x for x in (1.0, 1.2))
     metrics = MetricsLog(folder / "metrics.csv", ["step", *names, "actor_lr"], step)
-    evaluations = MetricsLog(
-        folder / "evaluations.csv", ["step", *(f"score_at_{t:.0f}" for t in high_targets)], evaluated
-    )
+    columns = [f"score_at_{t:.0f}" for t in high_targets]
+    evaluations = MetricsLog(folder / "evaluations.csv", ["step", *columns], evaluated)
 
     def save_policy(name: str, **extra) -> None:  # all that later stages need
         save_checkpoint(folder / name, dict(
@@ -454,19 +451,12 @@ def main() -> None:
 
     def save(finished: bool = False) -> None:
         meters.check(bar, folder, "--actor-lr or --lambda-e")  # never overwrite a good checkpoint with a bad one
-        save_resume(
-            folder, "train_qalign_dt", cfg, data, parts, meters, generator, step=step, evaluated=evaluated, best=best
-        )
+        counters = dict(step=step, evaluated=evaluated, best=best)
+        save_resume(folder, "train_qalign_dt", cfg, data, parts, meters, generator, counters)
         save_policy("policy.pt", finished=finished)
 
     stop, saved = StopSignal(), time.monotonic()
-    bar = tqdm(
-        total=cfg["total_steps"],
-        initial=step,
-        unit="step",
-        desc="co-training" if aligned else "training",
-        dynamic_ncols=True,
-    )
+    bar = tqdm(total=cfg["total_steps"], initial=step, unit="step", desc="training", dynamic_ncols=True)
     while True:
         due = cfg["eval_every"] and (step % cfg["eval_every"] == 0 or step == cfg["total_steps"])
         if due and evaluated < step and task.env_id:
@@ -478,10 +468,9 @@ def main() -> None:
             if max(scores) > best:
                 best = max(scores)
                 save_policy("policy_best.pt", score=best)
-            evaluations.write({"step": step} | {f"score_at_{t:.0f}": s for t, s in zip(high_targets, scores)})
-            bar.write(
-                f"step {step:,}: score " + ", ".join(f"{s:.1f} at target {t:.0f}" for t, s in zip(high_targets, scores))
-            )
+            evaluations.write({"step": step} | dict(zip(columns, scores)))
+            text = ", ".join(f"{score:.1f} at target {target:.0f}" for score, target in zip(scores, high_targets))
+            bar.write(f"step {step:,}: score {text}")
         if step == cfg["total_steps"] or stop.requested:
             break
         lr_factor = 0.5 * (1 + math.cos(math.pi * step / cfg["total_steps"]))
@@ -514,10 +503,8 @@ def main() -> None:
             meters.check(bar, folder, "--actor-lr or --lambda-e")
             row = meters.means()
             metrics.write({"step": step, **row, "actor_lr": cfg["actor_lr"] * lr_factor})
-            text = f"a {row['action_loss']:.4f} s {row['state_loss']:.3f}"
-            if aligned:
-                text += f" align {row['align_loss']:.3f} viol {row['violated']:.0%} q {row['q_mean']:.1f} td {row['q_loss']:.2g}"
-            bar.set_postfix_str(text)
+            shown = ("action_loss", "state_loss", *(("align_loss", "violated", "q_mean") if aligned else ()))
+            bar.set_postfix_str(" ".join(f"{name} {row[name]:.3g}" for name in shown))
         if time.monotonic() - saved > args.checkpoint_minutes * 60:
             save()
             saved = time.monotonic()
@@ -529,10 +516,9 @@ def main() -> None:
     if stop.requested:
         print(f"stopped at step {step:,} of {cfg['total_steps']:,}; the same command continues from there")
         sys.exit(130)
-    print(
-        f"{folder}/policy.pt: {step:,} steps"
-        + (f", best score at a high target {best:.1f} (policy_best.pt)" if best > -math.inf else "")
-    )
+    print(f"{folder}/policy.pt: {step:,} steps")
+    if best > -math.inf:
+        print(f"{folder}/policy_best.pt: score {best:.1f} at a high target, {cfg['eval_rollouts']} rollouts")
 
 
 # ======== shared: setup (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
@@ -579,10 +565,13 @@ BODIES = {
 }
 QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "expert")
 MAZES = {  # D4RL's file names
-    "umaze": "u-maze_noisy_multistart_False_multigoal_False", "umaze-diverse": "u-maze_noisy_multistart_True_multigoal_True",
-    "medium-play": "big-maze_noisy_multistart_True_multigoal_False", "medium-diverse": "big-maze_noisy_multistart_True_multigoal_True",
-    "large-play": "hardest-maze_noisy_multistart_True_multigoal_False", "large-diverse": "hardest-maze_noisy_multistart_True_multigoal_True",
-}  # fmt: skip
+    "umaze": "u-maze_noisy_multistart_False_multigoal_False",
+    "umaze-diverse": "u-maze_noisy_multistart_True_multigoal_True",
+    "medium-play": "big-maze_noisy_multistart_True_multigoal_False",
+    "medium-diverse": "big-maze_noisy_multistart_True_multigoal_True",
+    "large-play": "hardest-maze_noisy_multistart_True_multigoal_False",
+    "large-diverse": "hardest-maze_noisy_multistart_True_multigoal_True",
+}
 
 
 def parse_env(name: str) -> Task:
@@ -601,7 +590,8 @@ def parse_env(name: str) -> Task:
     names = [f"{b}-{q}-v2" for b in BODIES for q in (MAZES if b == "antmaze" else QUALITIES)] + ["hopper-mini"]
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
     fail(
-        f"unknown --env {name!r}: did you mean {', '.join(close)}? (<body>-<quality>-<tag>; any tag but v2 is your own data)"
+        f"unknown --env {name!r}: did you mean {', '.join(close)}? "
+        "(<body>-<quality>-<tag>; any tag but v2 stands for your own data)"
     )
 
 
@@ -678,7 +668,7 @@ class Dataset:
 
 
 def read_dataset(task: Task, dataset_path: tuple[str, ...]) -> Dataset:
-    """The data of a task from --dataset-path, data/<env>.hdf5 or D4RL (downloaded once); exits 2 on data that cannot be right."""
+    """The data of a task, from --dataset-path, data/<env>.hdf5 or D4RL (downloaded once); exits 2 on impossible data."""
     if dataset_path:
         paths = [Path(p) for p in dataset_path]
     elif task.tag == "v2":
@@ -705,7 +695,10 @@ def read_dataset(task: Task, dataset_path: tuple[str, ...]) -> Dataset:
 
 
 def read_hdf5(path: Path, task: Task) -> list[np.ndarray]:
-    """One file in D4RL's layout, checked, without its incomplete last episode: observations, actions, rewards, terminals, episode ends."""
+    """One file in D4RL's layout, checked, without its incomplete last episode.
+
+    Returns observations, actions, rewards, terminals, and where episodes end; shapes as in Dataset, the last (N,) bool.
+    """
     if not path.is_file():
         fail(f"{path}: no such dataset file; check --dataset-path")
     keys = ("observations", "actions", "rewards", "terminals", "timeouts")
@@ -729,9 +722,7 @@ def read_hdf5(path: Path, task: Task) -> list[np.ndarray]:
             fail(f"{path}: {key} has a NaN or infinite value, first in row {row:,}")
     observations, actions, rewards, terminals, timeouts = arrays
     if task.body == "ant" and observations[:, 27:].any():
-        fail(
-            f"{path}: the last 84 of Ant's 111 observations are contact forces, zero in D4RL; here they are not, and Ant-v4 has none"
-        )
+        fail(f"{path}: the last 84 of Ant's 111 observations, contact forces, must be zero as in D4RL: Ant-v4 has none")
     episode_end = terminals | timeouts
     if not episode_end.any():
         fail(f"{path}: no complete episode (terminals and timeouts are all False)")
@@ -740,7 +731,7 @@ def read_hdf5(path: Path, task: Task) -> list[np.ndarray]:
 
 
 def d4rl_file(task: Task) -> Path:
-    """D4RL's file of a -v2 name in D4RL's cache folder; downloaded if it is not there, and renamed only when it is whole."""
+    """D4RL's file of a -v2 name in D4RL's cache folder; downloaded if it is missing, renamed only when it is whole."""
     if task.body == "antmaze":
         url = f"{D4RL_URL}/ant_maze_v2/Ant_maze_{MAZES[task.quality]}_sparse_fixed.hdf5"
     else:
@@ -776,7 +767,7 @@ def d4rl_file(task: Task) -> Path:
 def check_same_run(folder: Path, file: str, stage: str, cfg: dict, data_hash: str) -> dict | None:
     """A run is what its configuration says: the checkpoint `file` in folder if it is of this run, None if there is none.
 
-    Exits 2 if the folder holds a run with another configuration or other data. A key that only one side knows is not compared.
+    Exits 2 if the folder holds another configuration or other data. A key that only one side knows is not compared.
     """
     for name in (file, "resume.pt"):
         if not (folder / name).exists():
@@ -791,7 +782,7 @@ def check_same_run(folder: Path, file: str, stage: str, cfg: dict, data_hash: st
 
 
 def claim(folder: Path) -> filelock.FileLock:
-    """Make the run folder and lock it for this process, until it ends in whatever way; exits 2 if another one writes there."""
+    """Make the run folder and lock it until this process ends in whatever way; exits 2 if another one writes there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / ".lock")
@@ -812,9 +803,9 @@ def load_resume(folder: Path, stage: str, cfg: dict, data_hash: str) -> dict | N
 
 
 def save_resume(
-    folder: Path, stage: str, cfg: dict, data: Dataset, parts: dict, meters: "Meters", generator, **counters
+    folder: Path, stage: str, cfg: dict, data: Dataset, parts: dict, meters: "Meters", generator, counters: dict
 ) -> None:
-    """Everything that a killed run needs to go on as if nothing had happened, random streams included (dropout's is torch's)."""
+    """What a killed run needs to go on as if nothing had happened, random streams (dropout's is torch's) included."""
     cuda = torch.cuda.get_rng_state() if generator.device.type == "cuda" else None
     save_checkpoint(folder / "resume.pt", dict(
         stage=stage, format=FORMAT, config=cfg, data=data.summary(), meters=meters.sums, meters_count=meters.count,
@@ -848,7 +839,7 @@ def set_lr(opt: torch.optim.Optimizer, lr: float) -> None:
 
 
 class Meters:
-    """Sums of named values on the device, so that no step waits for it, and the first step at which one was not finite."""
+    """Sums of named values on the device, so that no step waits for it, and the first step that was not finite."""
 
     def __init__(self, names: list[str], device: torch.device):
         self.names, self.count = names, 0
@@ -876,7 +867,7 @@ class Meters:
 
 
 class StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a flag that the training loop reads between two steps; a second one stops at once."""
+    """Makes the first Ctrl-C or SIGTERM a flag that is read between two steps; a second one stops at once."""
 
     def __init__(self):
         self.requested = False
@@ -927,7 +918,7 @@ class MetricsLog:
 
 
 def make_env(env_id: str):
-    """Gymnasium's v4 environment without its known warnings, and without the MUJOCO_LOG.TXT that MuJoCo drops for them."""
+    """Gymnasium's v4 environment without its known warnings, and without MuJoCo's MUJOCO_LOG.TXT about them."""
     known = "'settotalmass' is deprecated"  # a remark on Gymnasium's half_cheetah.xml
     mujoco.set_mju_user_warning(
         lambda message: None if known in message else warnings.warn(f"MuJoCo: {message}", stacklevel=2)
@@ -938,7 +929,7 @@ def make_env(env_id: str):
 
 
 class Simulator:
-    """n copies of one Gymnasium v4 body, advanced in lockstep by as many threads as torch uses (mj_step releases the GIL).
+    """n copies of one Gymnasium v4 body, advanced in lockstep by as many threads as torch uses.
 
     Initial states are those of env.reset(seed); observations, rewards and terminations those of env.step, without its
     time limit. Ant's observation is padded with zeros to D4RL's 111 numbers.
@@ -976,7 +967,10 @@ class Simulator:
             mujoco.mj_step(self.model, self.sims[i], self.frame_skip)
 
     def step(self, index, actions):
-        """One env.step of the simulations `index` (m,) with actions (m, act_dim): observations, rewards, terminated, x velocities."""
+        """One env.step of the simulations `index` (m,), given actions (m, act_dim).
+
+        Returns observations (m, obs_dim), rewards, terminated and forward velocities in m/s, each (m,).
+        """
         before = self.x_position(index)
         n = min(self.threads, len(index))
         list(self.pool.map(self.advance, np.array_split(index, n), np.array_split(actions, n)))
@@ -1012,10 +1006,10 @@ class Rollouts(NamedTuple):
 def rollout(
     policy: Policy, task: Task, targets, seeds, context_len: int, obs_mean, obs_std, bar=None, stop=None
 ) -> Rollouts | None:
-    """Roll the policy out once per (target return, seed), all in lockstep as one batch; None if `stop` was requested meanwhile.
+    """Roll the policy out once per (raw target return, seed), all in lockstep as one batch.
 
     The context is the last context_len steps, padded and masked as in training; the RTG token starts at target /
-    rtg_scale and falls by every reward. A rollout that has ended leaves the batch.
+    rtg_scale and falls by every reward. A rollout that has ended leaves the batch. None if `stop` was requested.
     """
     n, K, device = len(targets), context_len, next(policy.parameters()).device
     was_training = policy.training
@@ -1154,14 +1148,13 @@ def load_critic(path: Path, args: Args, cfg: dict, task: Task, data: Dataset) ->
     checkpoint = load_checkpoint(path, "pretrain_q")
     theirs = checkpoint["config"]
     if checkpoint["data"]["hash"] != data.hash:
-        fail(
-            f"{path}: a critic of other data ({checkpoint['data']['label']}); use that data, or train a critic with another --exp-name"
-        )
+        fail(f"{path}: a critic of other data ({checkpoint['data']['label']}); use that data, or another --runs-dir")
     if theirs["critic_width"] != cfg["critic_width"]:
         fail(f"{path}: a critic of width {theirs['critic_width']}, not --critic-width {cfg['critic_width']}")
     if not args.critic and args.critic_steps not in (None, theirs["total_steps"]):
         fail(
-            f"{path}: a critic of {theirs['total_steps']:,} steps, not --critic-steps {args.critic_steps:,}; remove it, or name another with --critic"
+            f"{path}: a critic of {theirs['total_steps']:,} steps, not --critic-steps {args.critic_steps:,}; "
+            "remove it, or name another with --critic"
         )
     expected = DoubleQ(task.obs_dim, task.act_dim, cfg["critic_width"]).state_dict()
     if {k: v.shape for k, v in checkpoint["critic"].items()} != {k: v.shape for k, v in expected.items()}:
@@ -1176,9 +1169,7 @@ def pretrain(critic_path: Path, args: Args, cfg: dict) -> None:
     """Stage 1 as a child process; its stderr and exit code are its own."""
     script = Path(__file__).resolve().parent / "pretrain_q.py"
     if not script.is_file():
-        fail(
-            f"{critic_path}: no such critic, and no pretrain_q.py beside this script to train it; name one with --critic"
-        )
+        fail(f"{critic_path}: no such critic, and no pretrain_q.py beside this script to train it; name one: --critic")
     print(f"{critic_path} is missing: starting pretrain_q.py", flush=True)
     command = [
         sys.executable,
@@ -1203,7 +1194,7 @@ def pretrain(critic_path: Path, args: Args, cfg: dict) -> None:
 
 
 def announce_duration(args: Args, cfg: dict, task: Task, device: torch.device, pretrain: bool) -> None:
-    """The first line of a run that will take over an hour says so: counted multiply-adds over this machine's measured rate."""
+    """A run that will take over an hour says so first: counted operations over this machine's measured rate."""
     rate = {}
     for dtype in {torch.float32, torch.bfloat16 if cfg["precision"] == "bf16" else torch.float32}:
         a, start, n = torch.randn(1024, 1024, device=device).to(dtype), time.perf_counter(), 8
@@ -1223,10 +1214,7 @@ def announce_duration(args: Args, cfg: dict, task: Task, device: torch.device, p
     # a third of the rate of plain matrix products is what such steps reach
     hours = 3 * (policy_work / rate[max(rate, key=rate.get)] + critic_work / rate[torch.float32]) / 3600
     if hours > 1:
-        print(
-            f"about {hours:.0f} hours on this machine ({device.type}); for a check in minutes see the quickstart: --env hopper-mini (README.md)",
-            flush=True,
-        )
+        print(f"about {hours:.0f} hours on this {device.type}; README's quickstart, --env hopper-mini, takes minutes")
 
 
 def evaluate(

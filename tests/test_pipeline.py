@@ -229,7 +229,7 @@ def test_rtg_range_is_the_datas_own_unless_the_data_is_d4rls(pipeline, tmp_path,
 def test_a_run_of_over_an_hour_says_so_first(tmp_path, run_main, hopper_file, monkeypatch):
     monkeypatch.setattr(stage2, "pretrain", lambda *a: stage2.fail("stopped here by the test"))
     out = run_main(stage2, *argv(hopper_file, tmp_path, "--device", "cpu", "--critic-steps", 10))[1]
-    assert "hours on this machine" in out.splitlines()[0] and "hopper-mini" in out.splitlines()[0]
+    assert "hours on this cpu" in out.splitlines()[0] and "hopper-mini" in out.splitlines()[0]
     out = run_main(stage2, *argv(hopper_file, tmp_path, *TINY2, "--critic-steps", 10))[1]
     assert "hour" not in out
 
