@@ -57,6 +57,9 @@ def test_critic_target_by_hand():
     y, mask = stage2.critic_target(batch, q_next)
     assert mask.tolist() == [[True, True, True], [False, True, False]]
     assert y[mask].tolist() == pytest.approx([1 + 0.99 * 20, 2 + 0.99 * 30, 3, 5 + 0.99 * 50])
+    # whatever stands behind a terminal does not count
+    early = batch._replace(terminal=torch.tensor([[F_, T, F_], [F_, F_, F_]]))
+    assert stage2.critic_target(early, q_next)[0][0, :2].tolist() == pytest.approx([1 + 0.99 * 20, 2])
 
 
 class Constant(torch.nn.Module):

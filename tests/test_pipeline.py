@@ -416,6 +416,16 @@ def test_bad_data(stage, kind, says, tmp_path, run_main, hopper_arrays):
     )
 
 
+class RunsCode:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
 def bad_checkpoint(tmp_path, kind, pipeline):
     runs, _, _ = pipeline
     path = tmp_path / "policy.pt"
@@ -425,9 +435,7 @@ def bad_checkpoint(tmp_path, kind, pipeline):
     if kind == "truncated":
         path.write_bytes(good.read_bytes()[:3000])
     if kind == "pickle":
-        import pickle
-
-        path.write_bytes(pickle.dumps({"stage": "train_qalign_dt", "os": os.system}))
+        torch.save({"stage": "train_qalign_dt", "format": 1, "x": RunsCode(str(tmp_path / "it-ran"))}, path)
     if kind in ("format", "shapes"):
         content = torch.load(good, weights_only=True)
         content |= {"format": 99} if kind == "format" else {"config": content["config"] | {"embed_dim": 32}}
