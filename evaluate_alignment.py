@@ -8,10 +8,12 @@ requests, of (mean achieved score - requested score). Writes alignment.json, .cs
 Order of the file: Args, policy, critic, sweep, plot, main; then the blocks this file shares with the other stages.
 """
 
+import contextlib
 import copy
 import csv
 import difflib
 import hashlib
+import http.client
 import json
 import os
 import re
@@ -104,6 +106,7 @@ class Block(nn.Module):
 
 class Policy(nn.Module):
     """Decision Transformer over tokens (rtg_0, s_0, a_0, rtg_1, ...); heads rtg -> state, state -> action (App. D.1).
+    (The release predicts the next state from the action token instead, and does not mask padding.)
 
     Call with rtg (B, K) normalised, obs (B, K, obs_dim) standardised, act (B, K, act_dim) in [-1, 1], timestep (B, K)
     int64 in [0, max_timestep) and valid (B, K) bool, False on the left padding; returns a_hat (B, K, act_dim) and
@@ -159,8 +162,10 @@ def make_policy(task: "Task", cfg: dict, bf16: bool) -> Policy:
 
 def use_bf16(precision: str, device: torch.device) -> bool:
     """`auto` is bfloat16 where matrix units take it: on CUDA and on CPUs with AMX."""
+    if precision == "auto" and device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "auto":
-        return device.type == "cuda" or getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+        return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
     return precision == "bf16"
 
 
@@ -170,7 +175,7 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 
 
 class DoubleQ(nn.Module):
-    """Two independent Q networks: three hidden layers, Mish, linear output (App. D.1).
+    """Two independent Q networks: three hidden layers (App. D.1), Mish (release), linear output.
 
     Call with obs (..., obs_dim) standardised and act (..., act_dim); returns (2, ...): raw return, gamma 0.99.
     Always float32 with TF32 off: the alignment signal is the sign of a small difference of two large numbers.
@@ -208,14 +213,14 @@ class Trained(NamedTuple):
 def load_policy(path: Path, precision: str, device: torch.device) -> Trained:
     """Read a stage 2 checkpoint; exits 2 if it is anything else."""
     content = load_checkpoint(path, "train_qalign_dt")
-    task, cfg = parse_env(content["env"]), content["config"]
-    policy = make_policy(task, cfg, use_bf16(precision, device))
-    critic = DoubleQ(task.obs_dim, task.act_dim, cfg["critic_width"]) if content["critic"] else None
     try:
+        task, cfg = parse_env(content["env"]), content["config"]
+        policy = make_policy(task, cfg, use_bf16(precision, device))
         policy.load_state_dict(content["policy"])
+        critic = DoubleQ(task.obs_dim, task.act_dim, cfg["critic_width"]) if content["critic"] else None
         if critic:
             critic.load_state_dict(content["critic"])
-    except RuntimeError:
+    except (KeyError, TypeError, RuntimeError):
         fail(f"{path}: its weights do not have the shapes its configuration says; train it again")
     return Trained(path, task, policy.to(device).eval(), critic.to(device) if critic else None, content)
 
@@ -234,8 +239,6 @@ def alignment_rmse(scores: np.ndarray, target_scores: np.ndarray) -> float:
 
 def sweep(trained: Trained, targets: np.ndarray, high_targets, rollouts: int, seed: int) -> dict:
     """Roll out every target `rollouts` times, all as one batch, and summarise: the record that alignment.json holds."""
-    from scipy.stats import spearmanr  # imported here: it takes a while
-
     task, content = trained.task, trained.content
     every_target = np.repeat(np.concatenate([targets, high_targets]), rollouts)
     # reset seeds: every rollout of the sweep starts differently, every checkpoint in the same states
@@ -267,7 +270,7 @@ def sweep(trained: Trained, targets: np.ndarray, high_targets, rollouts: int, se
         with torch.no_grad():
             q = trained.critic(result.first_obs, result.first_act).amin(dim=0).cpu().numpy()
         swept = len(targets) * rollouts
-        q_vs_return = finite(spearmanr(q[:swept], result.returns[:swept]).statistic)
+        q_vs_return = rank_correlation(q[:swept], result.returns[:swept])
     cfg = content["config"]
     return {
         "checkpoint": str(trained.path),
@@ -280,16 +283,25 @@ def sweep(trained: Trained, targets: np.ndarray, high_targets, rollouts: int, se
         "conv": cfg["conv"],
         "alignment_rmse": alignment_rmse(scores, target_scores),
         "best_score": float(scores.max()),
-        "spearman_target_vs_real": finite(spearmanr(target_scores, scores).statistic),
+        "spearman_target_vs_real": rank_correlation(target_scores, scores),
         "spearman_q_vs_return": q_vs_return,
         "high_targets": high_rows,
         "sweep": rows,
     }
 
 
-def finite(x: float) -> float | None:
-    """JSON has no NaN: a correlation with a constant is None."""
-    return float(x) if np.isfinite(x) else None
+# ======== shared: correlation (the same text in pretrain_q.py, evaluate_alignment.py) ========
+
+
+def rank_correlation(x, y) -> float | None:
+    """Spearman's; None where it is undefined: fewer than two values, or constant ones."""
+    from scipy.stats import spearmanr  # imported here: it takes a while
+
+    x, y = np.asarray(x), np.asarray(y)
+    return float(spearmanr(x, y).statistic) if len(x) > 1 and np.ptp(x) > 0 and np.ptp(y) > 0 else None
+
+
+# ======== end of shared: correlation ========
 
 
 def curve_label(record: dict) -> str:
@@ -304,7 +316,7 @@ def curve_label(record: dict) -> str:
     return f"{method}, seed {record['seed']}{best}: RMSE {record['alignment_rmse']:.1f}"
 
 
-def plot(records: list[dict], task: "Task", returns: np.ndarray, title: str, path: Path) -> None:
+def plot(records: list[dict], task: "Task", returns: np.ndarray, title: str, path: str) -> None:
     """Achieved against target score, with the diagonal and a band of one std; below, the dataset's returns."""
     import matplotlib  # imported here: it takes a while
 
@@ -328,9 +340,8 @@ def plot(records: list[dict], task: "Task", returns: np.ndarray, title: str, pat
     bottom.set_yscale("log")
     bottom.set_ylabel("episodes")
     bottom.set_xlabel("target score (0: random, 100: expert)")
-    figure.savefig(f"{path}.tmp", format="png", dpi=130)
+    figure.savefig(path, format="png", dpi=130)
     plt.close(figure)
-    os.replace(f"{path}.tmp", path)
 
 
 def main() -> None:
@@ -338,6 +349,7 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     task = parse_env(args.env or "hopper-medium-v2") if args.env or not args.checkpoint else None
     device = pick_device(args.device)
+    check_seed(args.seed)
     if args.rollouts < 1 or not args.target_step > 0:
         fail("--rollouts must be at least 1 and --target-step positive")
     path = (
@@ -368,13 +380,20 @@ def main() -> None:
     targets = target_returns(returns, args.target_step)
     high_targets = task.high_targets if data["is_d4rl"] else tuple(float(returns.max()) * x for x in (1.0, 1.2))
     records = [sweep(x, targets, high_targets, args.rollouts, args.seed) for x in (trained, *others)]
-    result = {"dataset": data, "rollouts": args.rollouts, "episode_seed": args.seed, "device": device.type} | records[0]
+    result = {
+        "dataset": data,
+        "rollouts": args.rollouts,
+        "episode_seed": args.seed,
+        "device": device.type,
+        "precision": "bf16" if trained.policy.bf16 else "fp32",
+    } | records[0]
     if others:
         result["compare"] = records[1:]
     files = [folder / f"{stem}.{kind}" for kind in ("json", "csv", "png")]
-    with open(f"{files[0]}.tmp", "w") as f:
+    temporary = [f"{file}.{os.getpid()}.tmp" for file in files]  # whole or not at all
+    with open(temporary[0], "w") as f:
         f.write(json.dumps(result, indent=2, allow_nan=False) + "\n")
-    with open(f"{files[1]}.tmp", "w", newline="") as f:
+    with open(temporary[1], "w", newline="") as f:
         writer = csv.DictWriter(f, ["checkpoint", "seed", "kind", *records[0]["sweep"][0]])
         writer.writeheader()
         for record in records:
@@ -383,9 +402,9 @@ def main() -> None:
                     {"checkpoint": record["checkpoint"], "seed": record["seed"], "kind": kind} | row
                     for row in record[kind]
                 )
-    for file in files[:2]:
-        os.replace(f"{file}.tmp", file)
-    plot(records, task, returns, f"{data['label']}; {args.rollouts} rollouts per target", files[2])
+    plot(records, task, returns, f"{data['label']}; {args.rollouts} rollouts per target", temporary[2])
+    for name, file in zip(temporary, files):
+        os.replace(name, file)
     for record in records:
         high = ", ".join(
             f"{row['score_mean']:.1f} at target {row['target_return']:.0f}" for row in record["high_targets"]
@@ -455,13 +474,15 @@ def parse_env(name: str) -> Task:
     if name == "hopper-mini":
         quality, tag = "mini", "mini"
     known = MAZES if body == "antmaze" else (*QUALITIES, "mixed")  # "mixed": medium-replay's name before v2
+    names = [f"{b}-{q}-v2" for b in BODIES for q in (MAZES if b == "antmaze" else QUALITIES)] + ["hopper-mini"]
+    # hopper-medium-expert would be quality medium, tag expert: the tag was forgotten
     if (
         body in BODIES
+        and f"{name}-v2" not in names
         and re.fullmatch(r"[A-Za-z0-9_.]+", tag)
         and (name == "hopper-mini" or (quality in known and (quality, tag) != ("mixed", "v2")))
     ):
         return Task(name, body, quality, tag, *BODIES[body])
-    names = [f"{b}-{q}-v2" for b in BODIES for q in (MAZES if b == "antmaze" else QUALITIES)] + ["hopper-mini"]
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
     fail(
         f"unknown --env {name!r}: did you mean {', '.join(close)}? "
@@ -470,10 +491,17 @@ def parse_env(name: str) -> Task:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one; exits 2 where CUDA is asked for and missing."""
+    """`auto` is CUDA where there is one; exits 2 where CUDA is asked for and missing. Switches TF32 off."""
+    torch.set_float32_matmul_precision("highest")  # float32 is float32, for the critic above all
+    torch.backends.cudnn.allow_tf32 = False
     if name == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: torch finds no CUDA device here; use --device cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**31:
+        fail(f"--seed {seed}: must be between 0 and 2**31 - 1")
 
 
 def save_checkpoint(path: Path, payload: dict) -> None:
@@ -529,6 +557,7 @@ class Dataset:
     is_d4rl: bool  # D4RL's own file; False for everything given with --dataset-path or found in data/
     hash: str
     label: str  # how plots, logs and JSON call the data
+    clipped: int  # how many actions the file had outside [-1, 1]
 
     def __post_init__(self):
         self.starts = np.concatenate([[0], self.ends[:-1]])
@@ -536,6 +565,11 @@ class Dataset:
         self.returns = np.add.reduceat(self.rewards, self.starts, dtype=np.float64)  # (E,) undiscounted
         self.obs_mean = torch.as_tensor(self.observations.mean(axis=0, dtype=np.float64), dtype=torch.float32)
         self.obs_std = torch.as_tensor(self.observations.std(axis=0, dtype=np.float64) + 1e-6, dtype=torch.float32)
+
+    def returns_to_go(self) -> np.ndarray:
+        """(N,) raw, undiscounted: sum of r_i from each transition to the end of its episode."""
+        total = np.cumsum(self.rewards, dtype=np.float64)
+        return total[np.repeat(self.ends, self.lengths) - 1] - total + self.rewards
 
     def summary(self) -> dict:
         return {"files": self.files, "hash": self.hash, "label": self.label, "is_d4rl": self.is_d4rl}
@@ -558,14 +592,12 @@ def read_dataset(task: Task, dataset_path: tuple[str, ...]) -> Dataset:
     observations, actions, rewards, terminals, episode_end = arrays
     clipped = int((np.abs(actions) > 1).any(axis=1).sum())
     if clipped:
-        print(f"warning: clipped {clipped:,} of {len(actions):,} actions to [-1, 1]", file=sys.stderr)
         actions = actions.clip(-1, 1)
     ends = np.flatnonzero(episode_end) + 1
     files, is_d4rl = [path.name for path in paths], not dataset_path and task.tag == "v2"
     label = f"{task.name} (D4RL)" if is_d4rl else f"{task.body} data, not D4RL: {' + '.join(files)}"
-    return Dataset(
-        observations, actions, rewards, terminals, ends, files, is_d4rl, tensor_hash([*arrays[:4], ends]), label
-    )
+    hash = tensor_hash([observations, actions, rewards, terminals, ends])
+    return Dataset(observations, actions, rewards, terminals, ends, files, is_d4rl, hash, label, clipped)
 
 
 def read_hdf5(path: Path, task: Task) -> list[np.ndarray]:
@@ -578,22 +610,25 @@ def read_hdf5(path: Path, task: Task) -> list[np.ndarray]:
     keys = ("observations", "actions", "rewards", "terminals", "timeouts")
     try:
         with h5py.File(path, "r") as f:
-            if missing := [k for k in keys if k not in f]:
-                fail(f"{path}: no key {missing[0]!r}; D4RL's layout has {', '.join(keys)}")
+            if missing := [k for k in keys if not isinstance(f.get(k), h5py.Dataset)]:
+                fail(f"{path}: no array {missing[0]!r}; D4RL's layout has {', '.join(keys)}")
+            if odd := [k for k in keys if f[k].dtype.kind not in "biuf" or f[k].ndim == 0]:
+                fail(f"{path}: {odd[0]} is not an array of numbers")
             arrays = [f[k][()] for k in keys]
     except OSError:
         fail(f"{path}: truncated, or not an HDF5 file; get it again")
     N = len(arrays[0])
     for key, shape, i in zip(keys, ((N, task.obs_dim), (N, task.act_dim), (N,), (N,), (N,)), range(5)):
         if arrays[i].shape == (*shape, 1):  # rewards and flags may be columns
-            arrays[i] = arrays[i].reshape(N)
+            arrays[i] = arrays[i].reshape(shape)
         if arrays[i].shape != shape:
             fail(f"{path}: {key} has shape {arrays[i].shape}, {task.body} with {N:,} observations needs {shape}")
-    arrays = [np.asarray(x, dtype=np.float32 if i < 3 else bool) for i, x in enumerate(arrays)]
-    for key, x in zip(keys[:3], arrays):
+    for i, key in enumerate(keys):
+        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused with the rest
+            x = arrays[i].astype(np.float32, copy=False)
         if not np.isfinite(x).all():
-            row = int(np.argwhere(~np.isfinite(x))[0][0])
-            fail(f"{path}: {key} has a NaN or infinite value, first in row {row:,}")
+            fail(f"{path}: {key} has a NaN or infinite value, first in row {int(np.argwhere(~np.isfinite(x))[0][0]):,}")
+        arrays[i] = x if i < 3 else arrays[i].astype(bool, copy=False)
     observations, actions, rewards, terminals, timeouts = arrays
     if task.body == "ant" and observations[:, 27:].any():
         fail(f"{path}: the last 84 of Ant's 111 observations, contact forces, must be zero as in D4RL: Ant-v4 has none")
@@ -626,10 +661,11 @@ def d4rl_file(task: Task) -> Path:
             raise OSError(f"{part.stat().st_size:,} of {size:,} bytes arrived")
         h5py.File(part, "r").close()
         os.replace(part, path)
-    except (OSError, ValueError) as error:  # URLError, HTTPError and h5py's errors are OSErrors
+    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and h5py's errors are OSErrors
         fail(f"cannot download {url} ({error}); put the file at {path}, or give --dataset-path FILE")
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
     return path
 
 
@@ -773,4 +809,7 @@ def rollout(
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("interrupted; nothing was written", code=130)

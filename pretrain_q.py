@@ -10,10 +10,12 @@ Order of the file: Args, critic, losses, main; then the blocks this file shares 
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import difflib
 import hashlib
+import http.client
 import json
 import math
 import os
@@ -76,7 +78,7 @@ GAMMA, EXPECTILE, TARGET_EVERY, HELD_OUT, LOG_EVERY = 0.99, 0.8, 2, 0.05, 1000
 
 
 class DoubleQ(nn.Module):
-    """Two independent Q networks: three hidden layers, Mish, linear output (App. D.1).
+    """Two independent Q networks: three hidden layers (App. D.1), Mish (release), linear output.
 
     Call with obs (..., obs_dim) standardised and act (..., act_dim); returns (2, ...): raw return, gamma 0.99.
     Always float32 with TF32 off: the alignment signal is the sign of a small difference of two large numbers.
@@ -153,8 +155,11 @@ def return_target(target_critic: DoubleQ, data: Transitions, i: torch.Tensor) ->
     return data.returns[i] + data.to_last[i] * ~data.terminal[last] * (q_last - data.reward[last])
 
 
-def expectile_loss(u: torch.Tensor) -> torch.Tensor:
-    """IQL's mean |expectile - 1{u < 0}| u^2."""
+def value_loss(value: nn.Module, target_critic: DoubleQ, data: Transitions, i: torch.Tensor) -> torch.Tensor:
+    """IQL's L_V = mean |0.8 - 1{u < 0}| u^2 with u = min_m Q'_m(s, a) - V(s), at rows i."""
+    with torch.no_grad():
+        q = target_critic(data.obs[i], data.act[i]).amin(dim=0)
+    u = q - value(data.obs[i]).squeeze(-1)
     return ((EXPECTILE - (u < 0).float()).abs() * u**2).mean()
 
 
@@ -167,7 +172,6 @@ def td_loss(critic: DoubleQ, data: Transitions, i: torch.Tensor, y: torch.Tensor
 @torch.no_grad()
 def report(critic, target_critic, value, data: Transitions, cfg: dict) -> dict:
     """On up to 100,000 transitions: held-out TD loss, Q against known returns, their rank correlation (Table E.19)."""
-    from scipy.stats import spearmanr
 
     def some(rows):  # a fixed, even choice
         return rows[:: max(1, -(-len(rows) // 100_000))].to(data.obs.device)
@@ -192,9 +196,23 @@ def report(critic, target_critic, value, data: Transitions, cfg: dict) -> dict:
         "td_loss_on": "held-out episodes" if len(data.held_out) else "training episodes (too few to hold some out)",
         "q_mean": float(q.mean()) if has_known else None,
         "return_mean": float(returns.mean()) if has_known else None,
-        "spearman_q_vs_return": float(spearmanr(q, returns).statistic) if has_known else None,
+        "spearman_q_vs_return": rank_correlation(q, returns),
         "q_abs_mean": float(q_of(some(torch.arange(len(data.reward)))).abs().mean()),
     }
+
+
+# ======== shared: correlation (the same text in pretrain_q.py, evaluate_alignment.py) ========
+
+
+def rank_correlation(x, y) -> float | None:
+    """Spearman's; None where it is undefined: fewer than two values, or constant ones."""
+    from scipy.stats import spearmanr  # imported here: it takes a while
+
+    x, y = np.asarray(x), np.asarray(y)
+    return float(spearmanr(x, y).statistic) if len(x) > 1 and np.ptp(x) > 0 and np.ptp(y) > 0 else None
+
+
+# ======== end of shared: correlation ========
 
 
 def iql_target(value: nn.Module, data: Transitions, i: torch.Tensor) -> torch.Tensor:
@@ -207,6 +225,7 @@ def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)
     args = parse_args()
     task, device = parse_env(args.env), pick_device(args.device)
+    check_seed(args.seed)
     cfg = resolve(args, task)
     dataset = read_dataset(task, args.dataset_path)
     cfg["device"] = device.type  # the random streams of CPU and CUDA differ, so a run stays on one kind
@@ -223,9 +242,10 @@ def main() -> None:
     print(
         f"{folder}: {dataset.label}, {len(data.train):,} training transitions, {cfg['method']}, {cfg['total_steps']:,} steps"
     )
+    if dataset.clipped:
+        print(f"warning: clipped {dataset.clipped:,} actions to [-1, 1]", file=sys.stderr)
     if cfg["warm_start_steps"]:
         print(f"the first {cfg['warm_start_steps']:,} steps regress on discounted returns-to-go, unlike the paper's")
-    torch.set_float32_matmul_precision("highest")  # no TF32
     torch.manual_seed(args.seed)
     critic = DoubleQ(task.obs_dim, task.act_dim, cfg["critic_width"]).to(device)
     target_critic = copy.deepcopy(critic).requires_grad_(False)
@@ -237,7 +257,7 @@ def main() -> None:
     generator = torch.Generator(device).manual_seed(args.seed)
     meters = Meters(["q_loss", "q_mean", "v_loss"], device)
     step = 0
-    if state := load_resume(folder, "pretrain_q", cfg, dataset.hash):
+    if state := check_same_run(folder, "resume.pt", "pretrain_q", cfg, dataset.hash):
         step = state["step"]
         restore(state, parts, meters, generator)
     metrics = MetricsLog(folder / "metrics.csv", ["step", *meters.names], step)
@@ -261,9 +281,7 @@ def main() -> None:
             else:
                 y = iql_target(value, data, i)
         if cfg["method"] == "iql":
-            with torch.no_grad():
-                q = target_critic(data.obs[i], data.act[i]).amin(dim=0)
-            v_loss = expectile_loss(q - value(data.obs[i]).squeeze(-1))
+            v_loss = value_loss(value, target_critic, data, i)
         q_loss, q_mean = td_loss(critic, data, i, y)
         opt.zero_grad()
         (q_loss + v_loss).backward()
@@ -301,7 +319,7 @@ def main() -> None:
     )
     lock.release()
     print(f"TD loss {result['td_loss']:.4g} on {result['td_loss_on']}")
-    if result["q_mean"] is not None:
+    if result["spearman_q_vs_return"] is not None:
         print(
             f"mean Q {result['q_mean']:.2f}, mean discounted return of the same transitions {result['return_mean']:.2f}"
         )
@@ -369,13 +387,15 @@ def parse_env(name: str) -> Task:
     if name == "hopper-mini":
         quality, tag = "mini", "mini"
     known = MAZES if body == "antmaze" else (*QUALITIES, "mixed")  # "mixed": medium-replay's name before v2
+    names = [f"{b}-{q}-v2" for b in BODIES for q in (MAZES if b == "antmaze" else QUALITIES)] + ["hopper-mini"]
+    # hopper-medium-expert would be quality medium, tag expert: the tag was forgotten
     if (
         body in BODIES
+        and f"{name}-v2" not in names
         and re.fullmatch(r"[A-Za-z0-9_.]+", tag)
         and (name == "hopper-mini" or (quality in known and (quality, tag) != ("mixed", "v2")))
     ):
         return Task(name, body, quality, tag, *BODIES[body])
-    names = [f"{b}-{q}-v2" for b in BODIES for q in (MAZES if b == "antmaze" else QUALITIES)] + ["hopper-mini"]
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
     fail(
         f"unknown --env {name!r}: did you mean {', '.join(close)}? "
@@ -384,10 +404,17 @@ def parse_env(name: str) -> Task:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one; exits 2 where CUDA is asked for and missing."""
+    """`auto` is CUDA where there is one; exits 2 where CUDA is asked for and missing. Switches TF32 off."""
+    torch.set_float32_matmul_precision("highest")  # float32 is float32, for the critic above all
+    torch.backends.cudnn.allow_tf32 = False
     if name == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: torch finds no CUDA device here; use --device cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**31:
+        fail(f"--seed {seed}: must be between 0 and 2**31 - 1")
 
 
 def save_checkpoint(path: Path, payload: dict) -> None:
@@ -443,6 +470,7 @@ class Dataset:
     is_d4rl: bool  # D4RL's own file; False for everything given with --dataset-path or found in data/
     hash: str
     label: str  # how plots, logs and JSON call the data
+    clipped: int  # how many actions the file had outside [-1, 1]
 
     def __post_init__(self):
         self.starts = np.concatenate([[0], self.ends[:-1]])
@@ -450,6 +478,11 @@ class Dataset:
         self.returns = np.add.reduceat(self.rewards, self.starts, dtype=np.float64)  # (E,) undiscounted
         self.obs_mean = torch.as_tensor(self.observations.mean(axis=0, dtype=np.float64), dtype=torch.float32)
         self.obs_std = torch.as_tensor(self.observations.std(axis=0, dtype=np.float64) + 1e-6, dtype=torch.float32)
+
+    def returns_to_go(self) -> np.ndarray:
+        """(N,) raw, undiscounted: sum of r_i from each transition to the end of its episode."""
+        total = np.cumsum(self.rewards, dtype=np.float64)
+        return total[np.repeat(self.ends, self.lengths) - 1] - total + self.rewards
 
     def summary(self) -> dict:
         return {"files": self.files, "hash": self.hash, "label": self.label, "is_d4rl": self.is_d4rl}
@@ -472,14 +505,12 @@ def read_dataset(task: Task, dataset_path: tuple[str, ...]) -> Dataset:
     observations, actions, rewards, terminals, episode_end = arrays
     clipped = int((np.abs(actions) > 1).any(axis=1).sum())
     if clipped:
-        print(f"warning: clipped {clipped:,} of {len(actions):,} actions to [-1, 1]", file=sys.stderr)
         actions = actions.clip(-1, 1)
     ends = np.flatnonzero(episode_end) + 1
     files, is_d4rl = [path.name for path in paths], not dataset_path and task.tag == "v2"
     label = f"{task.name} (D4RL)" if is_d4rl else f"{task.body} data, not D4RL: {' + '.join(files)}"
-    return Dataset(
-        observations, actions, rewards, terminals, ends, files, is_d4rl, tensor_hash([*arrays[:4], ends]), label
-    )
+    hash = tensor_hash([observations, actions, rewards, terminals, ends])
+    return Dataset(observations, actions, rewards, terminals, ends, files, is_d4rl, hash, label, clipped)
 
 
 def read_hdf5(path: Path, task: Task) -> list[np.ndarray]:
@@ -492,22 +523,25 @@ def read_hdf5(path: Path, task: Task) -> list[np.ndarray]:
     keys = ("observations", "actions", "rewards", "terminals", "timeouts")
     try:
         with h5py.File(path, "r") as f:
-            if missing := [k for k in keys if k not in f]:
-                fail(f"{path}: no key {missing[0]!r}; D4RL's layout has {', '.join(keys)}")
+            if missing := [k for k in keys if not isinstance(f.get(k), h5py.Dataset)]:
+                fail(f"{path}: no array {missing[0]!r}; D4RL's layout has {', '.join(keys)}")
+            if odd := [k for k in keys if f[k].dtype.kind not in "biuf" or f[k].ndim == 0]:
+                fail(f"{path}: {odd[0]} is not an array of numbers")
             arrays = [f[k][()] for k in keys]
     except OSError:
         fail(f"{path}: truncated, or not an HDF5 file; get it again")
     N = len(arrays[0])
     for key, shape, i in zip(keys, ((N, task.obs_dim), (N, task.act_dim), (N,), (N,), (N,)), range(5)):
         if arrays[i].shape == (*shape, 1):  # rewards and flags may be columns
-            arrays[i] = arrays[i].reshape(N)
+            arrays[i] = arrays[i].reshape(shape)
         if arrays[i].shape != shape:
             fail(f"{path}: {key} has shape {arrays[i].shape}, {task.body} with {N:,} observations needs {shape}")
-    arrays = [np.asarray(x, dtype=np.float32 if i < 3 else bool) for i, x in enumerate(arrays)]
-    for key, x in zip(keys[:3], arrays):
+    for i, key in enumerate(keys):
+        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused with the rest
+            x = arrays[i].astype(np.float32, copy=False)
         if not np.isfinite(x).all():
-            row = int(np.argwhere(~np.isfinite(x))[0][0])
-            fail(f"{path}: {key} has a NaN or infinite value, first in row {row:,}")
+            fail(f"{path}: {key} has a NaN or infinite value, first in row {int(np.argwhere(~np.isfinite(x))[0][0]):,}")
+        arrays[i] = x if i < 3 else arrays[i].astype(bool, copy=False)
     observations, actions, rewards, terminals, timeouts = arrays
     if task.body == "ant" and observations[:, 27:].any():
         fail(f"{path}: the last 84 of Ant's 111 observations, contact forces, must be zero as in D4RL: Ant-v4 has none")
@@ -540,10 +574,11 @@ def d4rl_file(task: Task) -> Path:
             raise OSError(f"{part.stat().st_size:,} of {size:,} bytes arrived")
         h5py.File(part, "r").close()
         os.replace(part, path)
-    except (OSError, ValueError) as error:  # URLError, HTTPError and h5py's errors are OSErrors
+    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and h5py's errors are OSErrors
         fail(f"cannot download {url} ({error}); put the file at {path}, or give --dataset-path FILE")
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
     return path
 
 
@@ -576,18 +611,10 @@ def claim(folder: Path) -> filelock.FileLock:
         lock = filelock.FileLock(folder / ".lock")
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        fail(f"{folder}: another process is writing this run; wait for it, or choose another --exp-name")
+        fail(f"{folder}: another process is writing this run; wait for it, or or choose another --exp-name or --seed")
     except OSError as error:
         fail(f"{folder}: cannot write there ({error.strerror or error}); choose another --runs-dir")
     return lock
-
-
-def load_resume(folder: Path, stage: str, cfg: dict, data_hash: str) -> dict | None:
-    """What resume.pt holds, if there is one (checked again: the folder is locked only now)."""
-    if not (folder / "resume.pt").exists():
-        return None
-    check_same_run(folder, "resume.pt", stage, cfg, data_hash)
-    return load_checkpoint(folder / "resume.pt", stage)
 
 
 def save_resume(
@@ -650,8 +677,11 @@ class Meters:
         """Exit 1 if a value was NaN or infinite; resume.pt then still is the last good state."""
         if self.first_bad >= 0:
             bar.close()
+            kept = (
+                f"{folder}/resume.pt is the last good state" if (folder / "resume.pt").exists() else "nothing was saved"
+            )
             bad = f"step {int(self.first_bad) + 1}: a loss or its gradient became NaN or infinite"
-            fail(f"{bad}; stopped, {folder}/resume.pt is the last good state; try a lower {lower}", code=1)
+            fail(f"{bad}; stopped, {kept}; try a lower {lower}", code=1)
 
 
 class StopSignal:
@@ -734,4 +764,7 @@ def resolve(args: Args, task: Task) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("interrupted", code=130)

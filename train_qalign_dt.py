@@ -15,10 +15,13 @@ Args, policy, critic, windows, losses, main; then the blocks that this file shar
 """
 
 import argparse
+import contextlib
 import copy
 import csv
+import ctypes
 import difflib
 import hashlib
+import http.client
 import math
 import os
 import re
@@ -183,6 +186,7 @@ class Block(nn.Module):
 
 class Policy(nn.Module):
     """Decision Transformer over tokens (rtg_0, s_0, a_0, rtg_1, ...); heads rtg -> state, state -> action (App. D.1).
+    (The release predicts the next state from the action token instead, and does not mask padding.)
 
     Call with rtg (B, K) normalised, obs (B, K, obs_dim) standardised, act (B, K, act_dim) in [-1, 1], timestep (B, K)
     int64 in [0, max_timestep) and valid (B, K) bool, False on the left padding; returns a_hat (B, K, act_dim) and
@@ -238,8 +242,10 @@ def make_policy(task: "Task", cfg: dict, bf16: bool) -> Policy:
 
 def use_bf16(precision: str, device: torch.device) -> bool:
     """`auto` is bfloat16 where matrix units take it: on CUDA and on CPUs with AMX."""
+    if precision == "auto" and device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "auto":
-        return device.type == "cuda" or getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+        return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
     return precision == "bf16"
 
 
@@ -249,7 +255,7 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 
 
 class DoubleQ(nn.Module):
-    """Two independent Q networks: three hidden layers, Mish, linear output (App. D.1).
+    """Two independent Q networks: three hidden layers (App. D.1), Mish (release), linear output.
 
     Call with obs (..., obs_dim) standardised and act (..., act_dim); returns (2, ...): raw return, gamma 0.99.
     Always float32 with TF32 off: the alignment signal is the sign of a small difference of two large numbers.
@@ -291,14 +297,10 @@ class Windows:
 
     def __init__(self, data: "Dataset", task: "Task", context_len: int, device: torch.device):
         ends = np.repeat(data.ends, data.lengths)  # (N,) where the episode of each transition ends (exclusive)
-        total = np.cumsum(data.rewards, dtype=np.float64)
-        rtg = (
-            total[ends - 1] - total + data.rewards
-        ) / task.rtg_scale  # sum of r_i from here to the end of the episode
         self.K = context_len
         self.obs = (torch.as_tensor(data.observations).to(device) - data.obs_mean.to(device)) / data.obs_std.to(device)
         self.act = torch.as_tensor(data.actions).to(device)
-        self.rtg = torch.as_tensor(rtg, dtype=torch.float32).to(device)
+        self.rtg = torch.as_tensor(data.returns_to_go() / task.rtg_scale, dtype=torch.float32).to(device)
         self.reward = torch.as_tensor(data.rewards).to(device) + task.critic_reward_shift
         self.terminal = torch.as_tensor(data.terminals).to(device)
         self.end = torch.as_tensor(ends).to(device)
@@ -325,7 +327,7 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def shift_rtg(rtg, valid, shift, rtg_range):
-    """Move all RTG tokens of a window by one scalar, Eq. 2, such that its first valid RTG stays in rtg_range.
+    """Move all RTG tokens of a window by one scalar, Eq. 2, such that its first valid RTG stays in rtg_range (release).
 
     rtg (B, K), valid (B, K), shift (B, 1) -> shifted rtg (B, K) and the shift that was really applied (B, 1).
     """
@@ -335,7 +337,7 @@ def shift_rtg(rtg, valid, shift, rtg_range):
 
 
 def critic_target(batch: Batch, q_next):
-    """Eq. 7's y_i = r_i + gamma (1 - terminal_i) q_{i+1}, and where it is defined.
+    """Eq. 7's y_i = r_i + gamma q_{i+1}, and where it is defined. (The factor 1 - terminal_i goes without saying there.)
 
     q_next (B, K): min_m Q'_m(s_i, a'_i) at every step of the window -> y (B, K), mask (B, K). A window's last step has no
     s_{i+1} in it, so it counts only as a true terminal.
@@ -348,7 +350,7 @@ def critic_target(batch: Batch, q_next):
 
 
 def critic_loss(critic, target_critic, target_policy, batch: Batch, cfg: dict, generator: torch.Generator):
-    """L_q of Eq. 7, as the sum of two means. Returns the loss and the mean of Q_1 over the batch."""
+    """L_q of Eq. 7, as the sum of the two critics' means."""
     with torch.no_grad():
         shift = torch.full_like(batch.rtg[:, :1], cfg["delta_rtg"])
         raised, _ = shift_rtg(batch.rtg, batch.valid, shift, cfg["rtg_range"])
@@ -358,7 +360,7 @@ def critic_loss(critic, target_critic, target_policy, batch: Batch, cfg: dict, g
             q_next = q_next + cfg["q_noise"] * torch.randn(q_next.shape, generator=generator, device=q_next.device)
         y, mask = critic_target(batch, q_next)
     q = critic(batch.obs, batch.act)  # (2, B, K)
-    return sum(masked_mean((q_m - y) ** 2, mask) for q_m in q), masked_mean(q[0].detach(), mask)
+    return sum(masked_mean((q_m - y) ** 2, mask) for q_m in q)
 
 
 def supervised_loss(a_hat, s_hat, batch: Batch):
@@ -375,6 +377,7 @@ def supervised_loss(a_hat, s_hat, batch: Batch):
 def alignment_loss(q_delta, q, sign, valid, kind: str):
     """L_align, Eq. 5: a penalty where Q moved against the request. Also returns the share of such pairs.
 
+    Eq. 5 sums over the steps of one Q; the minimum over two critics and the mean are the release's.
     q_delta, q (2, B, K): Q_m(s_i, a_hat_delta_i) and Q_m(s_i, a_hat_i); sign (B, 1): of the shift really applied.
     """
     against = -sign * (q_delta - q.detach())  # (2, B, K)
@@ -383,7 +386,7 @@ def alignment_loss(q_delta, q, sign, valid, kind: str):
 
 
 def actor_loss(policy, critic, batch: Batch, cfg: dict, generator: torch.Generator):
-    """L_SL + lambda_e L_align, Eq. 6, and its parts: action, state and alignment loss, share of violated pairs.
+    """L_SL + lambda_e L_align, Eq. 6, and: action, state and alignment loss, share of violated pairs, mean of Q_1.
 
     L_align's gradient reaches the policy through a_hat_delta only, and no weight of Q.
     """
@@ -391,7 +394,7 @@ def actor_loss(policy, critic, batch: Batch, cfg: dict, generator: torch.Generat
     if cfg["lambda_e"] == 0:
         action_loss, state_loss = supervised_loss(*policy(*windows), batch)
         nothing = torch.zeros((), device=batch.rtg.device)
-        return action_loss + state_loss, action_loss.detach(), state_loss.detach(), nothing, nothing
+        return action_loss + state_loss, action_loss.detach(), state_loss.detach(), nothing, nothing, nothing
     delta = torch.randn(len(batch.rtg), 1, generator=generator, device=batch.rtg.device)  # one per window
     delta = cfg["sigma_e"] * (delta.abs() if cfg["half_normal"] else delta)
     perturbed, applied = shift_rtg(batch.rtg, batch.valid, delta, cfg["rtg_range"])
@@ -404,10 +407,10 @@ def actor_loss(policy, critic, batch: Batch, cfg: dict, generator: torch.Generat
     critic.requires_grad_(False)  # Eq. 5 differentiates Q with respect to the action, not to its own weights
     q_delta = critic(batch.obs, a_delta)
     critic.requires_grad_(True)
-    q, q_delta = q / cfg["q_scale"], q_delta / cfg["q_scale"]  # 1 but for AntMaze
-    align, violated = alignment_loss(q_delta, q, applied.sign(), batch.valid, cfg["alignment"])
+    scale = cfg["q_scale"]  # 1 but for AntMaze
+    align, violated = alignment_loss(q_delta / scale, q / scale, applied.sign(), batch.valid, cfg["alignment"])
     loss = action_loss + state_loss + cfg["lambda_e"] * align
-    return loss, action_loss.detach(), state_loss.detach(), align.detach(), violated
+    return loss, action_loss.detach(), state_loss.detach(), align.detach(), violated, masked_mean(q[0], batch.valid)
 
 
 def main() -> None:
@@ -415,8 +418,6 @@ def main() -> None:
     args = parse_args()
     task, device, data, cfg, folder, stage1, lock = prepare(args)  # refuses what cannot work before anything is made
     aligned, update_q = cfg["lambda_e"] > 0, cfg.get("update_q", False)
-    torch.set_float32_matmul_precision("highest")  # no TF32: float32 is float32, for the critic above all
-    torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(args.seed)
     generator = torch.Generator(device).manual_seed(args.seed)  # windows, deltas and noise; dropout uses the global one
 
@@ -426,20 +427,21 @@ def main() -> None:
     parts = dict(policy=policy, actor_opt=actor_opt)  # all that a resumed run needs
     if aligned:
         critic = DoubleQ(task.obs_dim, task.act_dim, cfg["critic_width"]).to(device)
-        critic.load_state_dict(stage1["critic"])
+        if stage1:  # else resume.pt has it
+            critic.load_state_dict(stage1["critic"])
         critic_opt = torch.optim.Adam(critic.parameters(), lr=cfg["critic_lr"])
         target_critic = copy.deepcopy(critic).requires_grad_(False)
         target_policy = copy.deepcopy(policy).requires_grad_(False).eval()  # eval: no dropout in the critic's targets
         parts |= dict(target_policy=target_policy, critic=critic, target_critic=target_critic, critic_opt=critic_opt)
-    names = "loss action_loss state_loss align_loss violated actor_grad_norm q_loss q_mean critic_grad_norm".split()
+    names = "loss action_loss state_loss align_loss violated q_mean actor_grad_norm q_loss critic_grad_norm".split()
     meters = Meters(names, device)
     step, evaluated, best = 0, -1, -math.inf  # gradient steps; last step evaluated at; best score there was
-    if state := load_resume(folder, "train_qalign_dt", cfg, data.hash):
+    if state := check_same_run(folder, "resume.pt", "train_qalign_dt", cfg, data.hash):
         step, evaluated, best = state["step"], state["evaluated"], state["best"]
         restore(state, parts, meters, generator)
     high_targets = task.high_targets if data.is_d4rl else tuple(float(data.returns.max()) * x for x in (1.0, 1.2))
     metrics = MetricsLog(folder / "metrics.csv", ["step", *names, "actor_lr"], step)
-    columns = [f"score_at_{t:.0f}" for t in high_targets]
+    columns = [f"score_at_{t:g}" for t in high_targets]
     evaluations = MetricsLog(folder / "evaluations.csv", ["step", *columns], evaluated)
 
     def save_policy(name: str, **extra) -> None:  # all that later stages need
@@ -469,7 +471,7 @@ def main() -> None:
                 best = max(scores)
                 save_policy("policy_best.pt", score=best)
             evaluations.write({"step": step} | dict(zip(columns, scores)))
-            text = ", ".join(f"{score:.1f} at target {target:.0f}" for score, target in zip(scores, high_targets))
+            text = ", ".join(f"{score:.1f} at target {target:g}" for score, target in zip(scores, high_targets))
             bar.write(f"step {step:,}: score {text}")
         if step == cfg["total_steps"] or stop.requested:
             break
@@ -478,15 +480,15 @@ def main() -> None:
 
         # ---- Algorithm 1, one step ----
         batch = windows.sample(cfg["batch_size"], generator)  # lines 3-4
-        q_metrics = torch.zeros(3, device=device)
+        q_metrics = torch.zeros(2, device=device)
         if update_q:  # lines 5-6
             set_lr(critic_opt, cfg["critic_lr"] * lr_factor)
-            q_loss, q_mean = critic_loss(critic, target_critic, target_policy, batch, cfg, generator)
+            q_loss = critic_loss(critic, target_critic, target_policy, batch, cfg, generator)
             critic_opt.zero_grad()
             q_loss.backward()
             q_norm = nn.utils.clip_grad_norm_(critic.parameters(), MAX_GRAD_NORM)
             critic_opt.step()
-            q_metrics = torch.stack([q_loss.detach(), q_mean, q_norm])
+            q_metrics = torch.stack([q_loss.detach(), q_norm])
         loss, *actor_metrics = actor_loss(policy, critic if aligned else None, batch, cfg, generator)  # lines 7-9
         actor_opt.zero_grad()
         loss.backward()
@@ -503,7 +505,7 @@ def main() -> None:
             meters.check(bar, folder, "--actor-lr or --lambda-e")
             row = meters.means()
             metrics.write({"step": step, **row, "actor_lr": cfg["actor_lr"] * lr_factor})
-            shown = ("action_loss", "state_loss", *(("align_loss", "violated", "q_mean") if aligned else ()))
+            shown = ("action_loss", "state_loss", *(("align_loss", "violated", "q_mean", "q_loss") if aligned else ()))
             bar.set_postfix_str(" ".join(f"{name} {row[name]:.3g}" for name in shown))
         if time.monotonic() - saved > args.checkpoint_minutes * 60:
             save()
@@ -581,13 +583,15 @@ def parse_env(name: str) -> Task:
     if name == "hopper-mini":
         quality, tag = "mini", "mini"
     known = MAZES if body == "antmaze" else (*QUALITIES, "mixed")  # "mixed": medium-replay's name before v2
+    names = [f"{b}-{q}-v2" for b in BODIES for q in (MAZES if b == "antmaze" else QUALITIES)] + ["hopper-mini"]
+    # hopper-medium-expert would be quality medium, tag expert: the tag was forgotten
     if (
         body in BODIES
+        and f"{name}-v2" not in names
         and re.fullmatch(r"[A-Za-z0-9_.]+", tag)
         and (name == "hopper-mini" or (quality in known and (quality, tag) != ("mixed", "v2")))
     ):
         return Task(name, body, quality, tag, *BODIES[body])
-    names = [f"{b}-{q}-v2" for b in BODIES for q in (MAZES if b == "antmaze" else QUALITIES)] + ["hopper-mini"]
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
     fail(
         f"unknown --env {name!r}: did you mean {', '.join(close)}? "
@@ -596,10 +600,17 @@ def parse_env(name: str) -> Task:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one; exits 2 where CUDA is asked for and missing."""
+    """`auto` is CUDA where there is one; exits 2 where CUDA is asked for and missing. Switches TF32 off."""
+    torch.set_float32_matmul_precision("highest")  # float32 is float32, for the critic above all
+    torch.backends.cudnn.allow_tf32 = False
     if name == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: torch finds no CUDA device here; use --device cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**31:
+        fail(f"--seed {seed}: must be between 0 and 2**31 - 1")
 
 
 def save_checkpoint(path: Path, payload: dict) -> None:
@@ -655,6 +666,7 @@ class Dataset:
     is_d4rl: bool  # D4RL's own file; False for everything given with --dataset-path or found in data/
     hash: str
     label: str  # how plots, logs and JSON call the data
+    clipped: int  # how many actions the file had outside [-1, 1]
 
     def __post_init__(self):
         self.starts = np.concatenate([[0], self.ends[:-1]])
@@ -662,6 +674,11 @@ class Dataset:
         self.returns = np.add.reduceat(self.rewards, self.starts, dtype=np.float64)  # (E,) undiscounted
         self.obs_mean = torch.as_tensor(self.observations.mean(axis=0, dtype=np.float64), dtype=torch.float32)
         self.obs_std = torch.as_tensor(self.observations.std(axis=0, dtype=np.float64) + 1e-6, dtype=torch.float32)
+
+    def returns_to_go(self) -> np.ndarray:
+        """(N,) raw, undiscounted: sum of r_i from each transition to the end of its episode."""
+        total = np.cumsum(self.rewards, dtype=np.float64)
+        return total[np.repeat(self.ends, self.lengths) - 1] - total + self.rewards
 
     def summary(self) -> dict:
         return {"files": self.files, "hash": self.hash, "label": self.label, "is_d4rl": self.is_d4rl}
@@ -684,14 +701,12 @@ def read_dataset(task: Task, dataset_path: tuple[str, ...]) -> Dataset:
     observations, actions, rewards, terminals, episode_end = arrays
     clipped = int((np.abs(actions) > 1).any(axis=1).sum())
     if clipped:
-        print(f"warning: clipped {clipped:,} of {len(actions):,} actions to [-1, 1]", file=sys.stderr)
         actions = actions.clip(-1, 1)
     ends = np.flatnonzero(episode_end) + 1
     files, is_d4rl = [path.name for path in paths], not dataset_path and task.tag == "v2"
     label = f"{task.name} (D4RL)" if is_d4rl else f"{task.body} data, not D4RL: {' + '.join(files)}"
-    return Dataset(
-        observations, actions, rewards, terminals, ends, files, is_d4rl, tensor_hash([*arrays[:4], ends]), label
-    )
+    hash = tensor_hash([observations, actions, rewards, terminals, ends])
+    return Dataset(observations, actions, rewards, terminals, ends, files, is_d4rl, hash, label, clipped)
 
 
 def read_hdf5(path: Path, task: Task) -> list[np.ndarray]:
@@ -704,22 +719,25 @@ def read_hdf5(path: Path, task: Task) -> list[np.ndarray]:
     keys = ("observations", "actions", "rewards", "terminals", "timeouts")
     try:
         with h5py.File(path, "r") as f:
-            if missing := [k for k in keys if k not in f]:
-                fail(f"{path}: no key {missing[0]!r}; D4RL's layout has {', '.join(keys)}")
+            if missing := [k for k in keys if not isinstance(f.get(k), h5py.Dataset)]:
+                fail(f"{path}: no array {missing[0]!r}; D4RL's layout has {', '.join(keys)}")
+            if odd := [k for k in keys if f[k].dtype.kind not in "biuf" or f[k].ndim == 0]:
+                fail(f"{path}: {odd[0]} is not an array of numbers")
             arrays = [f[k][()] for k in keys]
     except OSError:
         fail(f"{path}: truncated, or not an HDF5 file; get it again")
     N = len(arrays[0])
     for key, shape, i in zip(keys, ((N, task.obs_dim), (N, task.act_dim), (N,), (N,), (N,)), range(5)):
         if arrays[i].shape == (*shape, 1):  # rewards and flags may be columns
-            arrays[i] = arrays[i].reshape(N)
+            arrays[i] = arrays[i].reshape(shape)
         if arrays[i].shape != shape:
             fail(f"{path}: {key} has shape {arrays[i].shape}, {task.body} with {N:,} observations needs {shape}")
-    arrays = [np.asarray(x, dtype=np.float32 if i < 3 else bool) for i, x in enumerate(arrays)]
-    for key, x in zip(keys[:3], arrays):
+    for i, key in enumerate(keys):
+        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused with the rest
+            x = arrays[i].astype(np.float32, copy=False)
         if not np.isfinite(x).all():
-            row = int(np.argwhere(~np.isfinite(x))[0][0])
-            fail(f"{path}: {key} has a NaN or infinite value, first in row {row:,}")
+            fail(f"{path}: {key} has a NaN or infinite value, first in row {int(np.argwhere(~np.isfinite(x))[0][0]):,}")
+        arrays[i] = x if i < 3 else arrays[i].astype(bool, copy=False)
     observations, actions, rewards, terminals, timeouts = arrays
     if task.body == "ant" and observations[:, 27:].any():
         fail(f"{path}: the last 84 of Ant's 111 observations, contact forces, must be zero as in D4RL: Ant-v4 has none")
@@ -752,10 +770,11 @@ def d4rl_file(task: Task) -> Path:
             raise OSError(f"{part.stat().st_size:,} of {size:,} bytes arrived")
         h5py.File(part, "r").close()
         os.replace(part, path)
-    except (OSError, ValueError) as error:  # URLError, HTTPError and h5py's errors are OSErrors
+    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and h5py's errors are OSErrors
         fail(f"cannot download {url} ({error}); put the file at {path}, or give --dataset-path FILE")
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
     return path
 
 
@@ -788,18 +807,10 @@ def claim(folder: Path) -> filelock.FileLock:
         lock = filelock.FileLock(folder / ".lock")
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        fail(f"{folder}: another process is writing this run; wait for it, or choose another --exp-name")
+        fail(f"{folder}: another process is writing this run; wait for it, or or choose another --exp-name or --seed")
     except OSError as error:
         fail(f"{folder}: cannot write there ({error.strerror or error}); choose another --runs-dir")
     return lock
-
-
-def load_resume(folder: Path, stage: str, cfg: dict, data_hash: str) -> dict | None:
-    """What resume.pt holds, if there is one (checked again: the folder is locked only now)."""
-    if not (folder / "resume.pt").exists():
-        return None
-    check_same_run(folder, "resume.pt", stage, cfg, data_hash)
-    return load_checkpoint(folder / "resume.pt", stage)
 
 
 def save_resume(
@@ -862,8 +873,11 @@ class Meters:
         """Exit 1 if a value was NaN or infinite; resume.pt then still is the last good state."""
         if self.first_bad >= 0:
             bar.close()
+            kept = (
+                f"{folder}/resume.pt is the last good state" if (folder / "resume.pt").exists() else "nothing was saved"
+            )
             bad = f"step {int(self.first_bad) + 1}: a loss or its gradient became NaN or infinite"
-            fail(f"{bad}; stopped, {folder}/resume.pt is the last good state; try a lower {lower}", code=1)
+            fail(f"{bad}; stopped, {kept}; try a lower {lower}", code=1)
 
 
 class StopSignal:
@@ -1106,38 +1120,46 @@ class Setup(NamedTuple):
     data: Dataset
     cfg: dict
     folder: Path
-    stage1: dict | None  # stage 1's checkpoint; None for a DT
+    stage1: dict | None  # stage 1's checkpoint; None for a DT, and where resume.pt has to do
     lock: filelock.FileLock
 
 
 def prepare(args: Args) -> Setup:
     """Check everything, find or train the critic, and claim the run folder. Exits 0 if the run is already finished."""
     task, device = parse_env(args.env), pick_device(args.device)
+    check_seed(args.seed)
     cfg = resolve(args, task)
     aligned = cfg["lambda_e"] > 0
     data = read_dataset(task, args.dataset_path)
     if aligned and cfg["rtg_range"] is None:
-        own = tuple(float(x) / task.rtg_scale for x in (data.returns.min(), data.returns.max()))
+        rtg = data.returns_to_go()
+        own = (float(rtg.min()) / task.rtg_scale, float(rtg.max()) / task.rtg_scale)
         cfg["rtg_range"] = task.rtg_range if data.is_d4rl else own
     cfg["max_timestep"] = max(HORIZON, int(data.lengths.max()))
     cfg["precision"] = "bf16" if use_bf16(args.precision, device) else "fp32"
     cfg["device"] = device.type  # the random streams of CPU and CUDA differ, so a run stays on one kind
     folder = Path(args.runs_dir) / f"{args.env}__{args.exp_name}__{args.seed}"
     critic_path = Path(args.critic or Path(args.runs_dir) / f"{args.env}__pretrain_q__{args.seed}" / "critic.pt")
-    stage1 = (
-        load_critic(critic_path, args, cfg, task, data) if aligned and (args.critic or critic_path.exists()) else None
-    )
+    stage1 = None
+    if aligned and (args.critic or critic_path.exists()):
+        stage1 = load_critic(critic_path, args, cfg, task, data)
     found = check_same_run(folder, "policy.pt", "train_qalign_dt", cfg, data.hash)
     if found and found["finished"]:
         print(f"{folder}/policy.pt is finished ({found['step']:,} steps); nothing to do (another run: --exp-name)")
         sys.exit(0)
-    announce_duration(args, cfg, task, device, pretrain=aligned and stage1 is None)
-    if aligned and stage1 is None:
+    resumed = check_same_run(folder, "resume.pt", "train_qalign_dt", cfg, data.hash)
+    if resumed and aligned and stage1 is None:  # resume.pt holds the critic: stage 1's is no longer needed
+        cfg |= {key: resumed["config"][key] for key in ("q_scale", "critic_hash")}
+    needs_critic = aligned and stage1 is None and not resumed
+    announce_duration(args, cfg, task, device, needs_critic)
+    if needs_critic:
         pretrain(critic_path, args, cfg)
         stage1 = load_critic(critic_path, args, cfg, task, data)
     lock = claim(folder)
     returns = f"returns {data.returns.min():.0f} .. {data.returns.max():.0f}"
     print(f"{folder}: {data.label}, {len(data.rewards):,} transitions, {len(data.ends):,} episodes, {returns}")
+    if data.clipped and not needs_critic:  # else stage 1 has just said so
+        print(f"warning: clipped {data.clipped:,} actions to [-1, 1]", file=sys.stderr)
     if task.env_id is None:
         print("there is no simulator for AntMaze here yet: no periodic evaluation")
     return Setup(task, device, data, cfg, folder, stage1, lock)
@@ -1156,6 +1178,8 @@ def load_critic(path: Path, args: Args, cfg: dict, task: Task, data: Dataset) ->
             f"{path}: a critic of {theirs['total_steps']:,} steps, not --critic-steps {args.critic_steps:,}; "
             "remove it, or name another with --critic"
         )
+    if not {"critic", "report"} <= checkpoint.keys():
+        fail(f"{path}: not a whole checkpoint of pretrain_q.py; train it again")
     expected = DoubleQ(task.obs_dim, task.act_dim, cfg["critic_width"]).state_dict()
     if {k: v.shape for k, v in checkpoint["critic"].items()} != {k: v.shape for k, v in expected.items()}:
         fail(f"{path}: a critic of other dimensions than {task.name}'s {task.obs_dim} + {task.act_dim}")
@@ -1186,34 +1210,42 @@ def pretrain(critic_path: Path, args: Args, cfg: dict) -> None:
     command += ["--critic-width", str(cfg["critic_width"])]
     command += ["--dataset-path", *args.dataset_path] if args.dataset_path else []
     command += ["--total-steps", str(args.critic_steps)] if args.critic_steps else []
+
+    def die_with_parent():  # or a killed stage 2 would leave a stage 1 behind, and its lock
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
     signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is the child's to handle: it saves and says how to go on
-    code = subprocess.run(command).returncode
+    code = subprocess.run(command, preexec_fn=die_with_parent if os.name == "posix" else None).returncode
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if code:
         sys.exit(code if code > 0 else 128 - code)
 
 
-def announce_duration(args: Args, cfg: dict, task: Task, device: torch.device, pretrain: bool) -> None:
-    """A run that will take over an hour says so first: counted operations over this machine's measured rate."""
-    rate = {}
-    for dtype in {torch.float32, torch.bfloat16 if cfg["precision"] == "bf16" else torch.float32}:
-        a, start, n = torch.randn(1024, 1024, device=device).to(dtype), time.perf_counter(), 8
-        for _ in range(n):
-            (a @ a)[0, 0].item()
-        rate[dtype] = 2 * 1024**3 * n / (time.perf_counter() - start)
-    D, tokens = cfg["embed_dim"], cfg["batch_size"] * 3 * cfg["context_len"]
-    forward = 2 * tokens * cfg["n_layer"] * D * (12 * D + 18 * D * cfg["conv"] + 6 * cfg["context_len"])
-    width = cfg.get("critic_width", 0)
-    q_forward = 4 * (width * (task.obs_dim + task.act_dim + 1) + 2 * width**2)  # one state-action pair, both critics
-    aligned = cfg["lambda_e"] > 0
-    policy_work = (
-        (7 if aligned else 3) * forward * cfg["total_steps"]
-    )  # target 1; clean and perturbed, forward and backward, 6
-    critic_work = 8 * q_forward * cfg["batch_size"] * cfg["context_len"] * cfg["total_steps"] * aligned
-    critic_work += 4 * q_forward * 512 * (args.critic_steps or 2_000_000) * pretrain
-    # a third of the rate of plain matrix products is what such steps reach
-    hours = 3 * (policy_work / rate[max(rate, key=rate.get)] + critic_work / rate[torch.float32]) / 3600
-    if hours > 1:
+def announce_duration(args: Args, cfg: dict, task: Task, device: torch.device, needs_critic: bool) -> None:
+    """A run that will take over an hour says so first: its arithmetic over a third of this machine's measured rate."""
+
+    def rate(dtype) -> float:  # operations per second of a plain matrix product
+        a = torch.randn(4096 if device.type == "cuda" else 1024, device=device).to(dtype).expand(1024, -1).contiguous()
+        (a @ a.T).sum().item()  # not timed: the first product loads the library
+        start = time.perf_counter()
+        sum(a @ a.T for _ in range(8)).sum().item()
+        return 8 * 2 * a.shape[0] ** 2 * a.shape[1] / (time.perf_counter() - start)
+
+    aligned, D, K = cfg["lambda_e"] > 0, cfg["embed_dim"], cfg["context_len"]
+    forward = 2 * cfg["batch_size"] * 3 * K * cfg["n_layer"] * D * (12 * D + 18 * D * cfg["conv"] + 6 * K)
+    # the target policy forward; clean and perturbed windows forward and backward
+    policy_work = (7 if aligned else 3) * forward * cfg["total_steps"]
+    seconds = 3 * policy_work / rate(torch.bfloat16 if cfg["precision"] == "bf16" else torch.float32)
+    if aligned:
+        width = cfg["critic_width"]
+        q_forward = 4 * width * (task.obs_dim + task.act_dim + 1 + 2 * width)  # one state-action pair, both critics
+        q_work = 8 * q_forward * cfg["batch_size"] * K * cfg["total_steps"]
+        if needs_critic:
+            q_work += 4 * q_forward * 512 * (args.critic_steps or (10_000 if task.quality == "mini" else 2_000_000))
+        seconds += 3 * q_work / rate(torch.float32)
+    if seconds > 3600:
+        hours = seconds / 3600
         print(f"about {hours:.0f} hours on this {device.type}; README's quickstart, --env hopper-mini, takes minutes")
 
 
@@ -1230,4 +1262,7 @@ def evaluate(
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("interrupted", code=130)

@@ -84,12 +84,11 @@ def test_critic_loss_takes_the_smaller_target_of_the_raised_request():
     batch = batch_of(reward=[[1.0, 2.0, 3.0]], terminal=[[F_, F_, F_]], valid=[[T, T, T]], rtg=[[3.0, 2.0, 1.0]])
     cfg = dict(delta_rtg=0.5, rtg_range=(-math.inf, math.inf), q_noise=0.0)
     critic, target = Constant(0.0, 1.0), Constant(20.0, 10.0)
-    loss, q_mean = stage2.critic_loss(critic, target, Echo(), batch, cfg, torch.Generator())
+    loss = stage2.critic_loss(critic, target, Echo(), batch, cfg, torch.Generator())
     y = [1 + 0.99 * (10 + 2.5), 2 + 0.99 * (10 + 1.5)]  # min_m Q'_m = 10 + a', a' = rtg + Delta_RTG
     a = batch.act[0, :2, 0].tolist()
     expected = sum((a[i] + m - y[i]) ** 2 for i in range(2) for m in (0.0, 1.0)) / 2
     assert loss.item() == pytest.approx(expected, rel=1e-5)
-    assert q_mean.item() == pytest.approx(sum(a) / 2, abs=1e-6)
     loss.backward()
     assert critic.bias.grad is not None and target.bias.grad is None
 
@@ -99,7 +98,7 @@ def test_noise_enters_the_target_only():
     cfg = dict(delta_rtg=0.0, rtg_range=(-math.inf, math.inf), q_noise=10.0)
     critic = Constant(0.0, 0.0)
     batch = batch._replace(act=torch.zeros_like(batch.act))
-    loss, _ = stage2.critic_loss(critic, Constant(0.0, 0.0), Echo(), batch, cfg, torch.Generator().manual_seed(0))
+    loss = stage2.critic_loss(critic, Constant(0.0, 0.0), Echo(), batch, cfg, torch.Generator().manual_seed(0))
     assert loss.item() == pytest.approx(2 * (0.99 * 10) ** 2, rel=0.15)  # two critics, the variance of gamma * noise
 
 
@@ -173,9 +172,63 @@ def test_gradient_goes_through_the_perturbed_action_only_and_into_no_weight_of_q
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_every_factor_of_the_actor_loss(monkeypatch):
+    """sigma_e scales delta, the range bounds it, the sign is the applied shift's, q_scale divides Q, lambda_e weighs the rest."""
+    policy, critic, batch, cfg = actor_setup(
+        sigma_e=3.0, lambda_e=0.5, q_scale=7.0, rtg_range=(-1.0, 0.5), alignment="symmetric"
+    )
+    for p in policy.parameters():  # a policy that reacts to its RTG
+        torch.nn.init.normal_(p, std=0.3)
+    batch = batch._replace(rtg=torch.linspace(-1.0, 2.0, 8)[:, None].expand(8, 5).contiguous())
+    loss, action_loss, state_loss, align, _, q_mean = stage2.actor_loss(
+        policy, critic, batch, cfg, torch.Generator().manual_seed(1)
+    )
+    delta = 3.0 * torch.randn(8, 1, generator=torch.Generator().manual_seed(1))
+    applied = (batch.rtg[:, :1] + delta).clamp(-1.0, 0.5) - batch.rtg[:, :1]
+    assert (applied.sign() != delta.sign()).any()
+    rest = (batch.obs, batch.act, batch.timestep, batch.valid)
+    q = critic(batch.obs, policy(batch.rtg, *rest)[0])
+    q_delta = critic(batch.obs, policy(batch.rtg + applied, *rest)[0])
+    expected = (-applied.sign() * (q_delta - q) / 7.0).amin(0).mean()
+    assert align.item() == pytest.approx(expected.item(), rel=1e-4) and q_mean.item() == pytest.approx(
+        q[0].mean().item(), rel=1e-4
+    )
+    assert loss.item() == pytest.approx((action_loss + state_loss + 0.5 * expected).item(), rel=1e-5)
+
+
+def test_delta_rtg_stays_in_the_range_too():
+    batch = batch_of(reward=[[1.0, 2.0, 3.0]], terminal=[[F_, F_, F_]], valid=[[T, T, T]], rtg=[[3.0, 2.0, 1.0]])
+    asked = []
+
+    class Listens(Echo):
+        def forward(self, rtg, *rest):
+            asked.append(rtg)
+            return super().forward(rtg, *rest)
+
+    cfg = dict(delta_rtg=5.0, rtg_range=(-1.0, 4.0), q_noise=0.0)
+    stage2.critic_loss(Constant(0.0, 0.0), Constant(0.0, 0.0), Listens(), batch, cfg, torch.Generator())
+    assert asked[0].tolist() == [[4.0, 3.0, 2.0]]
+
+
+def test_critic_stays_float32_beside_a_bf16_policy(monkeypatch):
+    policy, critic, batch, cfg = actor_setup()
+    policy.bf16 = True
+    seen, real = [], stage2.DoubleQ.forward
+
+    def forward(self, obs, act):
+        q = real(self, obs, act)
+        seen.append((act.dtype, q.dtype, torch.is_autocast_enabled("cpu")))
+        return q
+
+    monkeypatch.setattr(stage2.DoubleQ, "forward", forward)
+    stage2.actor_loss(policy, critic, batch, cfg, torch.Generator())
+    stage2.critic_loss(critic, critic, policy, batch, cfg | dict(delta_rtg=0.5, q_noise=0.0), torch.Generator())
+    assert len(seen) == 4 and set(seen) == {(torch.float32, torch.float32, False)}
+
+
 def test_lambda_0_is_the_supervised_loss_without_a_critic():
     policy, _, batch, cfg = actor_setup(lambda_e=0)
-    loss, action_loss, state_loss, align, violated = stage2.actor_loss(policy, None, batch, cfg, torch.Generator())
+    loss, action_loss, state_loss, align, violated, _ = stage2.actor_loss(policy, None, batch, cfg, torch.Generator())
     a_hat, s_hat = policy(batch.rtg, batch.obs, batch.act, batch.timestep, batch.valid)
     assert action_loss.item() == pytest.approx(((a_hat - batch.act) ** 2).mean().item(), rel=1e-5)
     assert state_loss.item() == pytest.approx(((s_hat - batch.obs) ** 2).mean().item(), rel=1e-5)
@@ -220,7 +273,7 @@ def test_training_on_the_alignment_loss_puts_pairs_in_order():
     for sign in (1.0, -1.0):
         history = []
         for i in range(150):
-            loss, *_, violated = stage2.actor_loss(policy, Sum(sign), batch, cfg, torch.Generator().manual_seed(i))
+            loss, *_, violated, _ = stage2.actor_loss(policy, Sum(sign), batch, cfg, torch.Generator().manual_seed(i))
             history.append(violated.item())
             opt.zero_grad()
             loss.backward()

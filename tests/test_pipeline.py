@@ -204,9 +204,8 @@ def test_rtg_range_is_the_datas_own_unless_the_data_is_d4rls(pipeline, tmp_path,
     runs, _, _ = pipeline
     policy = torch.load(runs / f"{ENV}__train_qalign_dt__1" / "policy.pt", weights_only=True)
     low, high = policy["config"]["rtg_range"]
-    assert (low * 1000, high * 1000) == pytest.approx(
-        (policy["episode_returns"].min().item(), policy["episode_returns"].max().item())
-    )
+    tokens = stage2.read_dataset(stage2.parse_env(ENV), (str(hopper_file),)).returns_to_go()
+    assert (low * 1000, high * 1000) == pytest.approx((tokens.min(), tokens.max()))
     (tmp_path / "d4rl").mkdir()
     (tmp_path / "d4rl" / "hopper_medium-v2.hdf5").write_bytes(hopper_file.read_bytes())
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
@@ -365,6 +364,121 @@ def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(pipeline, run_ma
     assert kept["step"] == 10 and all(v.isfinite().all() for v in kept["policy"].values())
 
 
+def test_a_nan_before_any_checkpoint_says_that_nothing_was_saved(tmp_path, run_main, hopper_file, monkeypatch):
+    monkeypatch.setattr(
+        stage2, "supervised_loss", lambda *a: (torch.tensor(float("nan"), requires_grad=True), torch.tensor(0.0))
+    )
+    code, _, err = run_main(stage2, *argv(hopper_file, tmp_path, *TINY2, "--lambda-e", 0, "--eval-every", 0))
+    assert code == 1 and "step 1:" in err.splitlines()[-1] and "nothing was saved" in err.splitlines()[-1]
+
+
+def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "x.pt"
+    stage2.save_checkpoint(path, {"a": 1})
+
+    def half(payload, file):
+        Path(file).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage2.torch, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        stage2.save_checkpoint(path, {"a": 2})
+    assert torch.load(path, weights_only=True) == {"a": 1}
+
+
+def test_a_run_resumes_without_stage_1s_critic(pipeline, run_main, hopper_file, tmp_path, monkeypatch):
+    """resume.pt holds the critic; only the folder of stage 2 was kept."""
+    runs, _, _ = pipeline
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    name = f"{ENV}__train_qalign_dt__1"
+    resume = torch.load(runs / name / "resume.pt", weights_only=True)
+    (moved / name).mkdir()
+    torch.save(resume | {"step": 20}, moved / name / "resume.pt")
+    monkeypatch.setattr(stage2, "pretrain", None)  # would raise if it were called
+    code, out, err = run_main(stage2, *argv(hopper_file, moved, *TINY2))
+    assert code == 0 and "continuing at step 20" in out, err
+    policy = torch.load(moved / name / "policy.pt", weights_only=True)
+    assert policy["finished"] and policy["config"] == resume["config"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ties a child's life to its parent's")
+def test_stage_2_killed_while_stage_1_runs_can_be_started_again(tmp_path, hopper_file):
+    command = [
+        sys.executable,
+        str(ROOT / "train_qalign_dt.py"),
+        *map(str, argv(hopper_file, tmp_path, *TINY2, "--critic-steps", 100_000)),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = tmp_path / f"{ENV}__pretrain_q__1"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (folder / "metrics.csv").exists():
+        time.sleep(0.01)
+    time.sleep(0.5)  # it is in its loop by now
+    process.kill()
+    process.wait()
+    while time.monotonic() < deadline and not (folder / "resume.pt").exists():
+        time.sleep(0.01)
+    time.sleep(0.5)  # the child has saved and is on its way out
+    assert torch.load(folder / "resume.pt", weights_only=True)["step"] > 0
+    stage1.claim(folder).release()  # nobody holds it any more
+
+
+def test_three_steps_of_main_are_algorithm_1(pipeline, run_main, hopper_file):
+    """Weights after three steps, against a loop written out from method and equations: order, targets, clipping, schedules."""
+    runs, _, _ = pipeline
+    steps = ["--total-steps", 3, "--eval-every", 0, "--tau", 0.1, "--exp-name", "three"]
+    assert run_main(stage2, *argv(hopper_file, runs, *TINY2, *steps))[0] == 0
+    got = torch.load(runs / f"{ENV}__three__1" / "resume.pt", weights_only=True)
+    cfg, task = got["config"], stage2.parse_env(ENV)
+    data = stage2.read_dataset(task, (str(hopper_file),))
+
+    torch.manual_seed(1)
+    generator = torch.Generator().manual_seed(1)
+    windows = stage2.Windows(data, task, 4, torch.device("cpu"))
+    policy, critic = stage2.make_policy(task, cfg, False), stage2.DoubleQ(11, 3, 16)
+    critic.load_state_dict(torch.load(runs / f"{ENV}__pretrain_q__1" / "critic.pt", weights_only=True)["critic"])
+    target_policy, target_critic = stage2.make_policy(task, cfg, False).eval(), stage2.DoubleQ(11, 3, 16)
+    target_policy.load_state_dict(policy.state_dict())
+    target_critic.load_state_dict(critic.state_dict())
+    torch.manual_seed(1)  # main draws dropout after one policy and one critic were made
+    stage2.make_policy(task, cfg, False), stage2.DoubleQ(11, 3, 16)
+    for step in range(3):
+        lr = 3e-4 * 0.5 * (1 + np.cos(np.pi * step / 3))
+        if step == 0:
+            critic_opt = torch.optim.Adam(critic.parameters(), lr=lr)
+            actor_opt = torch.optim.Adam(policy.parameters(), lr=lr, weight_decay=1e-4)
+        for opt in (critic_opt, actor_opt):
+            opt.param_groups[0]["lr"] = lr
+        batch = windows.sample(8, generator)
+        rest = (batch.obs, batch.act, batch.timestep, batch.valid)
+        with torch.no_grad():  # Eq. 7
+            raised, _ = stage2.shift_rtg(batch.rtg, batch.valid, torch.full((8, 1), 1.0), cfg["rtg_range"])
+            y, mask = stage2.critic_target(batch, target_critic(batch.obs, target_policy(raised, *rest)[0]).amin(0))
+        critic_opt.zero_grad()
+        sum(((q - y)[mask] ** 2).mean() for q in critic(batch.obs, batch.act)).backward()
+        torch.nn.utils.clip_grad_norm_(critic.parameters(), 15.0)
+        critic_opt.step()
+        delta = 10.0 * torch.randn(8, 1, generator=generator)  # Eq. 5, 6, against the critic just updated
+        perturbed, applied = stage2.shift_rtg(batch.rtg, batch.valid, delta, cfg["rtg_range"])
+        a, s = policy(torch.cat([batch.rtg, perturbed]), *(torch.cat([x, x]) for x in rest))
+        q, q_delta = critic(batch.obs, a[:8]).detach(), critic(batch.obs, a[8:])
+        align = (-applied.sign() * (q_delta - q)).relu().amin(0)[batch.valid].mean()
+        supervised = ((a[:8] - batch.act)[batch.valid] ** 2).mean() + ((s[:8] - batch.obs)[batch.valid] ** 2).mean()
+        actor_opt.zero_grad()
+        (supervised + 0.3 * align).backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 15.0)
+        actor_opt.step()
+        for target, online in ((target_policy, policy), (target_critic, critic)):
+            for p, o in zip(target.parameters(), online.parameters()):
+                p.data = 0.9 * p.data + 0.1 * o.data
+    for name, module in dict(
+        policy=policy, critic=critic, target_policy=target_policy, target_critic=target_critic
+    ).items():
+        for key, value in module.state_dict().items():
+            torch.testing.assert_close(got[name][key], value, rtol=1e-4, atol=2e-6, msg=lambda m: f"{name} {key}: {m}")
+
+
 # ---- bad input: one line on stderr, exit code 2, nothing made ----
 
 
@@ -380,6 +494,19 @@ def bad_file(tmp_path, arrays, kind):
         observations[17, 3] = np.nan
     if kind == "inf-reward":
         rewards[5] = np.inf
+    if kind == "too-large":
+        rewards = rewards.astype(np.float64)
+        rewards[5] = 1e300
+    if kind == "nan-flag":
+        timeouts = np.where(np.arange(len(timeouts)) == 5, np.nan, timeouts)
+    if kind == "complex":
+        rewards = rewards.astype(complex)
+    if kind == "text":
+        actions = np.array([b"left"] * len(actions))
+    if kind == "one-number":
+        observations = np.float32(3)
+    if kind == "three-dimensional":
+        observations = observations[:, :, None, None]
     if kind == "wrong-body":
         observations = observations[:, :10]
     if kind == "disagree":
@@ -389,17 +516,22 @@ def bad_file(tmp_path, arrays, kind):
     write_hdf5(path, observations, actions, rewards, terminals, timeouts)
     if kind == "truncated":
         path.write_bytes(path.read_bytes()[:-5000])
-    if kind == "no-key":
+    if kind in ("no-key", "group"):
         import h5py
 
         with h5py.File(path, "a") as f:
             del f["timeouts"]
+            if kind == "group":
+                f.create_group("timeouts")
     return path
 
 
 @pytest.mark.parametrize("stage", [stage1, stage2], ids=["pretrain_q", "train_qalign_dt"])
 @pytest.mark.parametrize("kind, says", [
-    ("missing", "no such dataset file"), ("not-hdf5", "not an HDF5 file"), ("truncated", "truncated"), ("no-key", "'timeouts'"),
+    ("too-large", "rewards has a NaN or infinite"), ("nan-flag", "timeouts has a NaN or infinite"),
+    ("complex", "rewards is not an array of numbers"), ("text", "actions is not an array of numbers"),
+    ("one-number", "observations is not an array of numbers"), ("three-dimensional", "observations has shape"),
+    ("group", "no array 'timeouts'"), ("missing", "no such dataset file"), ("not-hdf5", "not an HDF5 file"), ("truncated", "truncated"), ("no-key", "'timeouts'"),
     ("nan", "observations has a NaN or infinite value, first in row 17"), ("inf-reward", "rewards has a NaN or infinite"),
     ("wrong-body", "observations has shape"), ("disagree", "actions has shape"), ("no-episode", "no complete episode"),
 ])  # fmt: skip
@@ -471,6 +603,11 @@ def test_other_bad_input(tmp_path, run_main, pipeline, hopper_file, antmaze_file
         (stage2, [*good, "--rtg-range", 4, -1], "--rtg-range"),
         (stage2, [*good, "--batch-size", 0], "--batch-size"),
         (stage1, [*good, "--total-steps", 0], "--total-steps"),
+        *(
+            (stage, [*(good if stage is not stage3 else ["--checkpoint", policy]), "--seed", seed], "--seed")
+            for stage in (stage1, stage2, stage3)
+            for seed in (-1, 2**70)
+        ),
         (stage1, [*good, "--total-steps", 10, "--warm-start-steps", 11], "--warm-start-steps"),
         (stage2, [*good, *new, "--critic", tmp_path / "none.pt"], "no such checkpoint"),
         (stage2, [*good, *new, "--critic", policy], "not of pretrain_q"),

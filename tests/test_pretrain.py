@@ -62,9 +62,12 @@ def test_return_target_bootstraps_timeouts_only(tmp_path):
     assert y.tolist() == pytest.approx([1 + 2 * g + 30 * g**2, 2 + 30 * g, 4 + 50 * g])
 
 
-def test_expectile_loss_by_hand():
-    u = torch.tensor([2.0, -1.0])
-    assert stage1.expectile_loss(u).item() == pytest.approx((0.8 * 4 + 0.2 * 1) / 2)
+def test_value_loss_by_hand(tmp_path):
+    data = chain(tmp_path, terminal=True)
+    table = Table(data, [10.0, 20.0, 0.0, 0.0, 0.0], [12.0, 19.0, 0.0, 0.0, 0.0])
+    value = lambda obs: torch.tensor([[8.0], [20.0]])  # noqa: E731  u = 10 - 8 = 2 and 19 - 20 = -1
+    loss = stage1.value_loss(value, table, data, torch.tensor([0, 1]))
+    assert loss.item() == pytest.approx((0.8 * 4 + 0.2 * 1) / 2)
 
 
 def test_iql_target_by_hand(tmp_path):

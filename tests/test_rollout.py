@@ -106,6 +106,16 @@ def test_rollout_equals_one_environment_at_a_time(policy):
     assert result.returns[0] != result.returns[1]  # the target matters
 
 
+def test_an_episode_is_1000_steps_long_at_most():
+    """HalfCheetah never ends by itself, and the timestep embedding has an entry for every step."""
+    torch.manual_seed(0)
+    cheetah = stage2.Policy(17, 6, 8, 1, 1, stage2.HORIZON)
+    result = stage2.rollout(
+        cheetah, stage2.parse_env("halfcheetah-medium-test"), [1000.0], [0], 3, torch.zeros(17), torch.ones(17)
+    )
+    assert result.lengths.tolist() == [1000]
+
+
 def test_stop_is_heard(policy):
     stop = type("Stop", (), {"requested": True})()
     task = stage2.parse_env("halfcheetah-medium-test")
