@@ -179,6 +179,8 @@ def test_every_factor_of_the_actor_loss(monkeypatch):
     )
     for p in policy.parameters():  # a policy that reacts to its RTG
         torch.nn.init.normal_(p, std=0.3)
+    for q in (critic.q1, critic.q2):  # and a critic that L_align is not negligible with
+        q[-1].weight.data.mul_(1000)
     batch = batch._replace(rtg=torch.linspace(-1.0, 2.0, 8)[:, None].expand(8, 5).contiguous())
     loss, action_loss, state_loss, align, _, q_mean = stage2.actor_loss(
         policy, critic, batch, cfg, torch.Generator().manual_seed(1)
