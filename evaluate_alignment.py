@@ -333,7 +333,7 @@ def plot(records: list[dict], task: "Task", returns: np.ndarray, title: str, pat
         (line,) = top.plot(x, y, marker="o", markersize=3, label=curve_label(record))
         top.fill_between(x, y - std, y + std, color=line.get_color(), alpha=0.15, linewidth=0)
     top.set_ylabel("achieved score (mean, band: one std)")
-    top.set_title(title, fontsize="medium")
+    top.set_title(title, fontsize="small")
     top.legend(fontsize="small", loc="upper left")
     top.grid(alpha=0.3)
     bottom.hist(task.score(returns), bins=60, color="0.6")
@@ -402,7 +402,7 @@ def main() -> None:
                     {"checkpoint": record["checkpoint"], "seed": record["seed"], "kind": kind} | row
                     for row in record[kind]
                 )
-    plot(records, task, returns, f"{data['label']}; {args.rollouts} rollouts per target", temporary[2])
+    plot(records, task, returns, f"{data['label']}\n{args.rollouts} rollouts per target", temporary[2])
     for name, file in zip(temporary, files):
         os.replace(name, file)
     for record in records:
