@@ -264,7 +264,7 @@ def main() -> None:
 
     def save() -> None:
         meters.check(bar, folder, "--lr")  # never overwrite a good checkpoint with a bad one
-        save_resume(folder, "pretrain_q", cfg, dataset, parts, meters, generator, dict(step=step))
+        save_resume(folder, "pretrain_q", cfg, dataset.summary(), parts, meters, generator, dict(step=step))
 
     stop, saved = StopSignal(), time.monotonic()
     bar = tqdm(
@@ -327,7 +327,7 @@ def main() -> None:
     print(f"{folder}/critic.pt")
 
 
-# ======== shared: setup (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
+# ======== shared: setup (the same text in collect_dataset.py, pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
 
 FORMAT = 1  # of the checkpoint files
 HORIZON = 1000  # steps after which Gymnasium and D4RL cut an episode
@@ -337,6 +337,39 @@ def fail(message: str, code: int = 2):
     """One line on stderr that says what is wrong, where, and what to do; then exit."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**31:
+        fail(f"--seed {seed}: must be between 0 and 2**31 - 1")
+
+
+def save_checkpoint(path: Path, payload: dict) -> None:
+    """Write a checkpoint whole or not at all."""
+    torch.save(payload, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def load_checkpoint(path: Path, stage: str) -> dict:
+    """Read a checkpoint of one stage onto the CPU, without unpickling; exits 2 on anything else."""
+    if not path.is_file():
+        fail(f"{path}: no such checkpoint")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # torch comments on foreign pickles; the line below is enough
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # torch raises a dozen kinds for truncated, foreign and pickled files
+        fail(f"{path}: not a readable checkpoint (truncated, or not written by {stage}.py)")
+    if not isinstance(checkpoint, dict) or checkpoint.get("stage") != stage:
+        found = checkpoint.get("stage") if isinstance(checkpoint, dict) else None
+        fail(f"{path}: a checkpoint of {found or 'something else'}, not of {stage}.py")
+    if checkpoint.get("format") != FORMAT:
+        fail(f"{path}: checkpoint format {checkpoint.get('format')}, this version reads {FORMAT}; train it again")
+    return checkpoint
+
+
+# ======== end of shared: setup ========
+
+# ======== shared: task (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
 
 
 @dataclass(frozen=True)
@@ -384,16 +417,17 @@ def parse_env(name: str) -> Task:
     """The task of an --env name; exits 2 on an unknown one, naming the closest."""
     body, _, rest = name.partition("-")
     quality, _, tag = rest.rpartition("-")
-    if name == "hopper-mini":
-        quality, tag = "mini", "mini"
     known = MAZES if body == "antmaze" else (*QUALITIES, "mixed")  # "mixed": medium-replay's name before v2
     names = [f"{b}-{q}-v2" for b in BODIES for q in (MAZES if b == "antmaze" else QUALITIES)] + ["hopper-mini"]
+    if rest == "mini" and body in BODIES and body != "antmaze":  # collect_dataset.py's, with the small preset
+        return Task(name, body, "mini", "mini", *BODIES[body])
     # hopper-medium-expert would be quality medium, tag expert: the tag was forgotten
     if (
         body in BODIES
         and f"{name}-v2" not in names
         and re.fullmatch(r"[A-Za-z0-9_.]+", tag)
-        and (name == "hopper-mini" or (quality in known and (quality, tag) != ("mixed", "v2")))
+        and quality in known
+        and (quality, tag) != ("mixed", "v2")
     ):
         return Task(name, body, quality, tag, *BODIES[body])
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
@@ -412,34 +446,6 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**31:
-        fail(f"--seed {seed}: must be between 0 and 2**31 - 1")
-
-
-def save_checkpoint(path: Path, payload: dict) -> None:
-    """Write a checkpoint whole or not at all."""
-    torch.save(payload, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
-
-
-def load_checkpoint(path: Path, stage: str) -> dict:
-    """Read a checkpoint of one stage onto the CPU, without unpickling; exits 2 on anything else."""
-    if not path.is_file():
-        fail(f"{path}: no such checkpoint")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # torch comments on foreign pickles; the line below is enough
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch raises a dozen kinds for truncated, foreign and pickled files
-        fail(f"{path}: not a readable checkpoint (truncated, or not written by {stage}.py)")
-    if not isinstance(checkpoint, dict) or checkpoint.get("stage") != stage:
-        found = checkpoint.get("stage") if isinstance(checkpoint, dict) else None
-        fail(f"{path}: a checkpoint of {found or 'something else'}, not of {stage}.py")
-    if checkpoint.get("format") != FORMAT:
-        fail(f"{path}: checkpoint format {checkpoint.get('format')}, this version reads {FORMAT}; train it again")
-    return checkpoint
-
-
 def tensor_hash(tensors) -> str:
     """First 16 hex digits of the SHA-256 of some arrays' or tensors' shapes and bytes."""
     digest = hashlib.sha256()
@@ -450,7 +456,7 @@ def tensor_hash(tensors) -> str:
     return digest.hexdigest()[:16]
 
 
-# ======== end of shared: setup ========
+# ======== end of shared: task ========
 
 # ======== shared: dataset (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
 
@@ -498,7 +504,8 @@ def read_dataset(task: Task, dataset_path: tuple[str, ...]) -> Dataset:
         paths = [Path(__file__).resolve().parent / "data" / f"{task.name}.hdf5"]
         if not paths[0].is_file():
             fail(
-                f"--env {task.name} is not a D4RL v2 name and has no {paths[0]}: give its data with --dataset-path FILE"
+                f"--env {task.name} is not a D4RL v2 name and has no {paths[0]}: make it with collect_dataset.py, "
+                "or give data with --dataset-path FILE"
             )
     parts = [read_hdf5(path, task) for path in paths]
     arrays = parts[0] if len(parts) == 1 else [np.concatenate(arrays) for arrays in zip(*parts)]
@@ -584,10 +591,10 @@ def d4rl_file(task: Task) -> Path:
 
 # ======== end of shared: dataset ========
 
-# ======== shared: run (the same text in pretrain_q.py, train_qalign_dt.py) ========
+# ======== shared: run (the same text in collect_dataset.py, pretrain_q.py, train_qalign_dt.py) ========
 
 
-def check_same_run(folder: Path, file: str, stage: str, cfg: dict, data_hash: str) -> dict | None:
+def check_same_run(folder: Path, file: str, stage: str, cfg: dict, data_hash: str | None) -> dict | None:
     """A run is what its configuration says: the checkpoint `file` in folder if it is of this run, None if there is none.
 
     Exits 2 if the folder holds another configuration or other data. A key that only one side knows is not compared.
@@ -596,7 +603,7 @@ def check_same_run(folder: Path, file: str, stage: str, cfg: dict, data_hash: st
         if not (folder / name).exists():
             continue
         found = load_checkpoint(folder / name, stage)
-        theirs, ours = found["config"] | {"data": found["data"]["hash"]}, cfg | {"data": data_hash}
+        theirs, ours = found["config"] | {"data": found["data"].get("hash")}, cfg | {"data": data_hash}
         if differs := [f"{k} {theirs[k]} there, {ours[k]} here" for k in ours if k in theirs and theirs[k] != ours[k]]:
             fail(f"{folder} holds another run ({'; '.join(differs)}); choose another --exp-name, or remove the folder")
         if name == file:
@@ -611,19 +618,19 @@ def claim(folder: Path) -> filelock.FileLock:
         lock = filelock.FileLock(folder / ".lock")
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        fail(f"{folder}: another process is writing this run; wait for it, or or choose another --exp-name or --seed")
+        fail(f"{folder}: another process is writing this run; wait for it, or choose another --exp-name or --seed")
     except OSError as error:
         fail(f"{folder}: cannot write there ({error.strerror or error}); choose another --runs-dir")
     return lock
 
 
 def save_resume(
-    folder: Path, stage: str, cfg: dict, data: Dataset, parts: dict, meters: "Meters", generator, counters: dict
+    folder: Path, stage: str, cfg: dict, data: dict, parts: dict, meters: "Meters", generator, counters: dict
 ) -> None:
     """What a killed run needs to go on as if nothing had happened, random streams (dropout's is torch's) included."""
     cuda = torch.cuda.get_rng_state() if generator.device.type == "cuda" else None
     save_checkpoint(folder / "resume.pt", dict(
-        stage=stage, format=FORMAT, config=cfg, data=data.summary(), meters=meters.sums, meters_count=meters.count,
+        stage=stage, format=FORMAT, config=cfg, data=data, meters=meters.sums, meters_count=meters.count,
         rng={"generator": generator.get_state(), "torch": torch.get_rng_state(), "cuda": cuda},
         **{name: part.state_dict() for name, part in parts.items()}, **counters,
     ))  # fmt: skip
@@ -646,11 +653,6 @@ def restore(state: dict, parts: dict, meters: "Meters", generator: torch.Generat
 def ema_update(target: nn.Module, online: nn.Module, tau: float) -> None:
     """target <- (1 - tau) target + tau online (Algorithm 1, line 11)."""
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
-
-
-def set_lr(opt: torch.optim.Optimizer, lr: float) -> None:
-    for group in opt.param_groups:
-        group["lr"] = lr
 
 
 class Meters:

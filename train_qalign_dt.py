@@ -413,6 +413,11 @@ def actor_loss(policy, critic, batch: Batch, cfg: dict, generator: torch.Generat
     return loss, action_loss.detach(), state_loss.detach(), align.detach(), violated, masked_mean(q[0], batch.valid)
 
 
+def set_lr(opt: torch.optim.Optimizer, lr: float) -> None:
+    for group in opt.param_groups:
+        group["lr"] = lr
+
+
 def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)
     args = parse_args()
@@ -454,7 +459,7 @@ def main() -> None:
     def save(finished: bool = False) -> None:
         meters.check(bar, folder, "--actor-lr or --lambda-e")  # never overwrite a good checkpoint with a bad one
         counters = dict(step=step, evaluated=evaluated, best=best)
-        save_resume(folder, "train_qalign_dt", cfg, data, parts, meters, generator, counters)
+        save_resume(folder, "train_qalign_dt", cfg, data.summary(), parts, meters, generator, counters)
         save_policy("policy.pt", finished=finished)
 
     stop, saved = StopSignal(), time.monotonic()
@@ -523,7 +528,7 @@ def main() -> None:
         print(f"{folder}/policy_best.pt: score {best:.1f} at a high target, {cfg['eval_rollouts']} rollouts")
 
 
-# ======== shared: setup (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
+# ======== shared: setup (the same text in collect_dataset.py, pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
 
 FORMAT = 1  # of the checkpoint files
 HORIZON = 1000  # steps after which Gymnasium and D4RL cut an episode
@@ -533,6 +538,39 @@ def fail(message: str, code: int = 2):
     """One line on stderr that says what is wrong, where, and what to do; then exit."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**31:
+        fail(f"--seed {seed}: must be between 0 and 2**31 - 1")
+
+
+def save_checkpoint(path: Path, payload: dict) -> None:
+    """Write a checkpoint whole or not at all."""
+    torch.save(payload, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def load_checkpoint(path: Path, stage: str) -> dict:
+    """Read a checkpoint of one stage onto the CPU, without unpickling; exits 2 on anything else."""
+    if not path.is_file():
+        fail(f"{path}: no such checkpoint")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # torch comments on foreign pickles; the line below is enough
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # torch raises a dozen kinds for truncated, foreign and pickled files
+        fail(f"{path}: not a readable checkpoint (truncated, or not written by {stage}.py)")
+    if not isinstance(checkpoint, dict) or checkpoint.get("stage") != stage:
+        found = checkpoint.get("stage") if isinstance(checkpoint, dict) else None
+        fail(f"{path}: a checkpoint of {found or 'something else'}, not of {stage}.py")
+    if checkpoint.get("format") != FORMAT:
+        fail(f"{path}: checkpoint format {checkpoint.get('format')}, this version reads {FORMAT}; train it again")
+    return checkpoint
+
+
+# ======== end of shared: setup ========
+
+# ======== shared: task (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
 
 
 @dataclass(frozen=True)
@@ -580,16 +618,17 @@ def parse_env(name: str) -> Task:
     """The task of an --env name; exits 2 on an unknown one, naming the closest."""
     body, _, rest = name.partition("-")
     quality, _, tag = rest.rpartition("-")
-    if name == "hopper-mini":
-        quality, tag = "mini", "mini"
     known = MAZES if body == "antmaze" else (*QUALITIES, "mixed")  # "mixed": medium-replay's name before v2
     names = [f"{b}-{q}-v2" for b in BODIES for q in (MAZES if b == "antmaze" else QUALITIES)] + ["hopper-mini"]
+    if rest == "mini" and body in BODIES and body != "antmaze":  # collect_dataset.py's, with the small preset
+        return Task(name, body, "mini", "mini", *BODIES[body])
     # hopper-medium-expert would be quality medium, tag expert: the tag was forgotten
     if (
         body in BODIES
         and f"{name}-v2" not in names
         and re.fullmatch(r"[A-Za-z0-9_.]+", tag)
-        and (name == "hopper-mini" or (quality in known and (quality, tag) != ("mixed", "v2")))
+        and quality in known
+        and (quality, tag) != ("mixed", "v2")
     ):
         return Task(name, body, quality, tag, *BODIES[body])
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
@@ -608,34 +647,6 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**31:
-        fail(f"--seed {seed}: must be between 0 and 2**31 - 1")
-
-
-def save_checkpoint(path: Path, payload: dict) -> None:
-    """Write a checkpoint whole or not at all."""
-    torch.save(payload, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
-
-
-def load_checkpoint(path: Path, stage: str) -> dict:
-    """Read a checkpoint of one stage onto the CPU, without unpickling; exits 2 on anything else."""
-    if not path.is_file():
-        fail(f"{path}: no such checkpoint")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # torch comments on foreign pickles; the line below is enough
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch raises a dozen kinds for truncated, foreign and pickled files
-        fail(f"{path}: not a readable checkpoint (truncated, or not written by {stage}.py)")
-    if not isinstance(checkpoint, dict) or checkpoint.get("stage") != stage:
-        found = checkpoint.get("stage") if isinstance(checkpoint, dict) else None
-        fail(f"{path}: a checkpoint of {found or 'something else'}, not of {stage}.py")
-    if checkpoint.get("format") != FORMAT:
-        fail(f"{path}: checkpoint format {checkpoint.get('format')}, this version reads {FORMAT}; train it again")
-    return checkpoint
-
-
 def tensor_hash(tensors) -> str:
     """First 16 hex digits of the SHA-256 of some arrays' or tensors' shapes and bytes."""
     digest = hashlib.sha256()
@@ -646,7 +657,7 @@ def tensor_hash(tensors) -> str:
     return digest.hexdigest()[:16]
 
 
-# ======== end of shared: setup ========
+# ======== end of shared: task ========
 
 # ======== shared: dataset (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
 
@@ -694,7 +705,8 @@ def read_dataset(task: Task, dataset_path: tuple[str, ...]) -> Dataset:
         paths = [Path(__file__).resolve().parent / "data" / f"{task.name}.hdf5"]
         if not paths[0].is_file():
             fail(
-                f"--env {task.name} is not a D4RL v2 name and has no {paths[0]}: give its data with --dataset-path FILE"
+                f"--env {task.name} is not a D4RL v2 name and has no {paths[0]}: make it with collect_dataset.py, "
+                "or give data with --dataset-path FILE"
             )
     parts = [read_hdf5(path, task) for path in paths]
     arrays = parts[0] if len(parts) == 1 else [np.concatenate(arrays) for arrays in zip(*parts)]
@@ -780,10 +792,10 @@ def d4rl_file(task: Task) -> Path:
 
 # ======== end of shared: dataset ========
 
-# ======== shared: run (the same text in pretrain_q.py, train_qalign_dt.py) ========
+# ======== shared: run (the same text in collect_dataset.py, pretrain_q.py, train_qalign_dt.py) ========
 
 
-def check_same_run(folder: Path, file: str, stage: str, cfg: dict, data_hash: str) -> dict | None:
+def check_same_run(folder: Path, file: str, stage: str, cfg: dict, data_hash: str | None) -> dict | None:
     """A run is what its configuration says: the checkpoint `file` in folder if it is of this run, None if there is none.
 
     Exits 2 if the folder holds another configuration or other data. A key that only one side knows is not compared.
@@ -792,7 +804,7 @@ def check_same_run(folder: Path, file: str, stage: str, cfg: dict, data_hash: st
         if not (folder / name).exists():
             continue
         found = load_checkpoint(folder / name, stage)
-        theirs, ours = found["config"] | {"data": found["data"]["hash"]}, cfg | {"data": data_hash}
+        theirs, ours = found["config"] | {"data": found["data"].get("hash")}, cfg | {"data": data_hash}
         if differs := [f"{k} {theirs[k]} there, {ours[k]} here" for k in ours if k in theirs and theirs[k] != ours[k]]:
             fail(f"{folder} holds another run ({'; '.join(differs)}); choose another --exp-name, or remove the folder")
         if name == file:
@@ -807,19 +819,19 @@ def claim(folder: Path) -> filelock.FileLock:
         lock = filelock.FileLock(folder / ".lock")
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        fail(f"{folder}: another process is writing this run; wait for it, or or choose another --exp-name or --seed")
+        fail(f"{folder}: another process is writing this run; wait for it, or choose another --exp-name or --seed")
     except OSError as error:
         fail(f"{folder}: cannot write there ({error.strerror or error}); choose another --runs-dir")
     return lock
 
 
 def save_resume(
-    folder: Path, stage: str, cfg: dict, data: Dataset, parts: dict, meters: "Meters", generator, counters: dict
+    folder: Path, stage: str, cfg: dict, data: dict, parts: dict, meters: "Meters", generator, counters: dict
 ) -> None:
     """What a killed run needs to go on as if nothing had happened, random streams (dropout's is torch's) included."""
     cuda = torch.cuda.get_rng_state() if generator.device.type == "cuda" else None
     save_checkpoint(folder / "resume.pt", dict(
-        stage=stage, format=FORMAT, config=cfg, data=data.summary(), meters=meters.sums, meters_count=meters.count,
+        stage=stage, format=FORMAT, config=cfg, data=data, meters=meters.sums, meters_count=meters.count,
         rng={"generator": generator.get_state(), "torch": torch.get_rng_state(), "cuda": cuda},
         **{name: part.state_dict() for name, part in parts.items()}, **counters,
     ))  # fmt: skip
@@ -842,11 +854,6 @@ def restore(state: dict, parts: dict, meters: "Meters", generator: torch.Generat
 def ema_update(target: nn.Module, online: nn.Module, tau: float) -> None:
     """target <- (1 - tau) target + tau online (Algorithm 1, line 11)."""
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
-
-
-def set_lr(opt: torch.optim.Optimizer, lr: float) -> None:
-    for group in opt.param_groups:
-        group["lr"] = lr
 
 
 class Meters:
@@ -928,7 +935,9 @@ class MetricsLog:
 
 # ======== end of shared: run ========
 
-# ======== shared: rollout (the same text in train_qalign_dt.py, evaluate_alignment.py) ========
+# ======== shared: simulator (the same text in collect_dataset.py, train_qalign_dt.py, evaluate_alignment.py) ========
+
+BODY_IDS = {"Hopper-v4": "hopper", "HalfCheetah-v4": "halfcheetah", "Walker2d-v4": "walker2d", "Ant-v4": "ant"}
 
 
 def make_env(env_id: str):
@@ -943,34 +952,41 @@ def make_env(env_id: str):
 
 
 class Simulator:
-    """n copies of one Gymnasium v4 body, advanced in lockstep by as many threads as torch uses.
+    """n copies of a body in BODY_IDS (Gymnasium's v4), advanced in lockstep by as many threads as torch uses.
 
     Initial states are those of env.reset(seed); observations, rewards and terminations those of env.step, without its
     time limit. Ant's observation is padded with zeros to D4RL's 111 numbers.
     """
 
-    def __init__(self, task: Task, seeds):
-        env = make_env(task.env_id)
-        self.task, self.model, self.frame_skip, self.dt = task, env.model, env.frame_skip, env.dt
-        self.sims = []
-        for seed in seeds:
-            env.reset(seed=int(seed))
-            self.sims.append(copy.copy(env.data))  # MjData copies itself whole
-        env.close()
+    def __init__(self, env_id: str, seeds):
+        self.env = env = make_env(env_id)
+        self.body, self.model, self.frame_skip, self.dt = BODY_IDS[env_id], env.model, env.frame_skip, env.dt
+        self.sims = [None] * len(seeds)
+        self.reset(range(len(seeds)), seeds)
         self.threads = torch.get_num_threads()
         self.pool = ThreadPoolExecutor(self.threads)
+
+    def reset(self, index, seeds) -> None:
+        """Start some of the simulations anew, each with its seed."""
+        for i, seed in zip(index, seeds):
+            self.env.reset(seed=int(seed))
+            self.sims[i] = copy.copy(self.env.data)  # MjData copies itself whole
+
+    def close(self) -> None:
+        self.pool.shutdown()
+        self.env.close()
 
     def observe(self, index) -> np.ndarray:
         """(m, obs_dim) float64: the observations of some of the simulations."""
         qpos = np.stack([self.sims[i].qpos for i in index])
         qvel = np.stack([self.sims[i].qvel for i in index])
-        if self.task.body == "ant":
-            return np.concatenate([qpos[:, 2:], qvel, np.zeros((len(qpos), self.task.obs_dim - 27))], axis=1)
-        return np.concatenate([qpos[:, 1:], qvel if self.task.body == "halfcheetah" else qvel.clip(-10, 10)], axis=1)
+        if self.body == "ant":
+            return np.concatenate([qpos[:, 2:], qvel, np.zeros((len(qpos), 111 - 27))], axis=1)
+        return np.concatenate([qpos[:, 1:], qvel if self.body == "halfcheetah" else qvel.clip(-10, 10)], axis=1)
 
     def x_position(self, index) -> np.ndarray:
         """(m,) what each environment's forward velocity is the difference of."""
-        if self.task.body == "ant":  # Gymnasium reads the torso's frame, which MuJoCo computed before its last substep
+        if self.body == "ant":  # Gymnasium reads the torso's frame, which MuJoCo computed before its last substep
             torso = self.model.body("torso").id
             return np.array([self.sims[i].xpos[torso, 0] for i in index])
         return np.array([self.sims[i].qpos[0] for i in index])
@@ -992,18 +1008,23 @@ class Simulator:
         effort = np.square(actions).sum(axis=1)
         z, angle = (np.array([self.sims[i].qpos[k] for i in index]) for k in (1, 2))
         state = np.stack([np.concatenate([self.sims[i].qpos, self.sims[i].qvel]) for i in index])
-        if self.task.body == "halfcheetah":
+        if self.body == "halfcheetah":
             reward, healthy = velocity - 0.1 * effort, np.ones(len(index), bool)
-        elif self.task.body == "hopper":
+        elif self.body == "hopper":
             reward = velocity + 1.0 - 1e-3 * effort
             healthy = (np.abs(state[:, 2:]) < 100).all(axis=1) & (z > 0.7) & (np.abs(angle) < 0.2)
-        elif self.task.body == "walker2d":
+        elif self.body == "walker2d":
             reward = velocity + 1.0 - 1e-3 * effort
             healthy = (z > 0.8) & (z < 2.0) & (np.abs(angle) < 1.0)
         else:  # ant
             reward = velocity + 1.0 - 0.5 * effort
             healthy = np.isfinite(state).all(axis=1) & (state[:, 2] >= 0.2) & (state[:, 2] <= 1.0)
         return self.observe(index), reward, ~healthy, velocity
+
+
+# ======== end of shared: simulator ========
+
+# ======== shared: rollout (the same text in train_qalign_dt.py, evaluate_alignment.py) ========
 
 
 class Rollouts(NamedTuple):
@@ -1028,7 +1049,7 @@ def rollout(
     n, K, device = len(targets), context_len, next(policy.parameters()).device
     was_training = policy.training
     policy.eval()
-    simulator = Simulator(task, seeds)
+    simulator = Simulator(task.env_id, seeds)
     obs_mean, obs_std = obs_mean.to(device), obs_std.to(device)
     # histories start with K - 1 steps of padding, so that the context of step t is always [t, t + K)
     history = HORIZON + K - 1
@@ -1055,7 +1076,7 @@ def rollout(
             bar.set_postfix_str(f"{len(alive)} of {n} rollouts alive")
         if len(alive) == 0 or (stop is not None and stop.requested):
             break
-    simulator.pool.shutdown()
+    simulator.close()
     policy.train(was_training)
     if stop is not None and stop.requested:
         return None

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import collect_dataset  # noqa: F401 (test_help)
 import evaluate_alignment as stage3
 import numpy as np
 import pretrain_q as stage1
@@ -647,7 +648,7 @@ def test_a_child_s_error_is_its_own_and_a_missing_child_names_the_flag(tmp_path,
     assert not (tmp_path / "alone" / "runs").exists()
 
 
-@pytest.mark.parametrize("stage", ["pretrain_q", "train_qalign_dt", "evaluate_alignment"])
+@pytest.mark.parametrize("stage", ["collect_dataset", "pretrain_q", "train_qalign_dt", "evaluate_alignment"])
 def test_help_has_a_text_for_every_flag(stage):
     out = subprocess.run(
         [sys.executable, str(ROOT / f"{stage}.py"), "--help"],

@@ -12,7 +12,7 @@ BODIES = ["hopper", "halfcheetah", "walker2d", "ant"]
 def test_simulator_equals_gymnasium(body):
     """Five episodes with the same states and actions: observations, rewards, terminations to 1e-10."""
     task, n = stage2.parse_env(f"{body}-medium-test"), 5
-    simulator = stage2.Simulator(task, range(n))
+    simulator = stage2.Simulator(task.env_id, range(n))
     envs = [stage2.make_env(task.env_id) for _ in range(n)]
     expected = np.stack([env.reset(seed=i)[0] for i, env in enumerate(envs)])
     size = expected.shape[1]
@@ -38,7 +38,7 @@ def test_simulator_equals_gymnasium(body):
 
 def test_ant_that_jumps_too_high_is_terminated_as_in_gymnasium():
     task = stage2.parse_env("ant-medium-test")
-    simulator, env = stage2.Simulator(task, [0]), stage2.make_env(task.env_id)
+    simulator, env = stage2.Simulator(task.env_id, [0]), stage2.make_env(task.env_id)
     env.reset(seed=0)
     for data in (simulator.sims[0], env.data):
         data.qvel[2] = 3.0
