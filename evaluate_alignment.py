@@ -39,7 +39,7 @@ from tqdm import tqdm
 @dataclass
 class Args:
     env: str | None = None
-    """name of the task, as in stage 2 (default: the checkpoint's, or hopper-medium-v2 without --checkpoint)"""
+    """name of the task, as in stage 2 (default: the checkpoint's, or hopper-mini without --checkpoint)"""
     checkpoint: str = ""
     """a policy.pt or policy_best.pt of stage 2 (default: policy.pt of the run that --env, --seed and --exp-name name)"""
     compare: tuple[str, ...] = ()
@@ -347,7 +347,7 @@ def plot(records: list[dict], task: "Task", returns: np.ndarray, title: str, pat
 def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)
     args = tyro.cli(Args, description=__doc__)
-    task = parse_env(args.env or "hopper-medium-v2") if args.env or not args.checkpoint else None
+    task = parse_env(args.env or "hopper-mini") if args.env or not args.checkpoint else None
     device = pick_device(args.device)
     check_seed(args.seed)
     if args.rollouts < 1 or not args.target_step > 0:

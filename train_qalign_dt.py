@@ -50,8 +50,8 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env: str = "hopper-medium-v2"
-    """<body>-<quality>-<tag>: a D4RL name (tag v2), hopper-mini, or your own tag with --dataset-path"""
+    env: str = "hopper-mini"
+    """<body>-<quality>-<tag>: a D4RL name (tag v2) or your own data's tag; hopper-mini is this project's small data"""
     seed: int = 1
     """seed of the initial weights, the windows, the perturbations and the evaluation episodes"""
     dataset_path: tuple[str, ...] = ()

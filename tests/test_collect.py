@@ -174,6 +174,42 @@ def test_a_batch_pairs_each_transition_with_its_environments_next():
     assert torch.equal(batch.next_obs, batch.obs + 7) and {0.0, 42.0} <= set(batch.obs[:, 0].tolist())
 
 
+def test_main_makes_one_gradient_step_of_everything_per_environment_step(tmp_path, small, run_main, monkeypatch):
+    """... after START; the target critic then moves by TAU."""
+    monkeypatch.chdir(tmp_path)
+    calls, real = {"critic_loss": 0, "actor_loss": 0, "temperature_loss": 0}, stage0.ema_update
+
+    def counted(name):
+        inner = getattr(stage0, name)
+
+        def call(*args):
+            calls[name] += 1
+            return inner(*args)
+
+        monkeypatch.setattr(stage0, name, call)
+
+    for name in list(calls):
+        counted(name)
+    seen = []
+
+    def moved(target, online, tau):
+        before = [p.clone() for p in target.parameters()]
+        real(target, online, tau)
+        seen.append(
+            all(
+                torch.allclose(p, 0.995 * b + 0.005 * q, atol=1e-6)
+                for p, b, q in zip(target.parameters(), before, online.parameters(), strict=True)
+            )
+        )
+
+    monkeypatch.setattr(stage0, "ema_update", moved)
+    code, _, err = run_main(stage0, "--total-steps", 600, "--transitions", 50, "--qualities", "random")
+    assert code == 0 and len(seen) == 200 and all(seen) and set(calls.values()) == {200}, (err, calls)
+    agent = run_state(tmp_path)[0]["agent"]
+    for part in ("critic", "target_critic"):
+        assert not torch.equal(agent[f"{part}.q1.0.weight"], agent[f"{part}.q2.0.weight"])
+
+
 # ---- what is recorded ----
 
 
@@ -187,9 +223,12 @@ def test_levels_by_hand():
 
 
 class Constant:
-    """A policy that plays 0, the same in every state."""
+    """A policy that plays 0, the same in every state; an evaluation gives it no noise, a recording does."""
+
+    evaluated = False
 
     def act(self, obs, generator):
+        assert (generator is None) == self.evaluated
         return np.zeros((len(obs), 3), np.float32)
 
 
@@ -221,6 +260,7 @@ def test_recorded_episodes_are_the_first_to_begin_not_the_first_to_end(monkeypat
         rows = stage0.record(Constant(), args, 5, transitions=minimum)
         assert rows["episode"].tolist() == [k for k in range(whole) for _ in range(k % 4 + 1)]
         assert rows["rewards"].tolist() == [t for k in range(whole) for t in range(k % 4 + 1)]
+    monkeypatch.setattr(Constant, "evaluated", True)
     assert stage0.record(Constant(), args, None, episodes=3)["episode"].tolist() == [0, 1, 1, 2, 2, 2]
 
 
@@ -262,7 +302,7 @@ def test_every_quality_is_written_and_stage_1_reads_it_back(collected, run_main,
     evaluations = (folder / "runs/Hopper-v4__collect_dataset__1/evaluations.csv").read_text().split()
     assert [line.split(",")[0] for line in evaluations] == ["step", "0", "600", "1200", "1800"]
     by_step = {int(line.split(",")[0]): float(line.split(",")[1]) for line in evaluations[1:]}
-    assert len(result.stdout.splitlines()) == 1 + len(ALL)
+    assert len(result.stdout.splitlines()) == 1 + 2 * len(ALL)
     rows = {}
     for quality in ALL:
         name = "hopper-mini" if quality == "mini" else f"hopper-{quality}-local"
@@ -277,6 +317,14 @@ def test_every_quality_is_written_and_stage_1_reads_it_back(collected, run_main,
             a = dict(f.attrs)
             assert a["env_id"] == "Hopper-v4" and a["seed"] == 1 and a["quality"] == quality and a["num_envs"] == 8
             assert a["gymnasium"] == gymnasium.__version__ and "--total-steps 1800" in a["command"]
+            returns = np.add.reduceat(
+                f["rewards"][()], np.append(0, np.flatnonzero(f["terminals"][()] | f["timeouts"][()])[:-1] + 1)
+            )
+            counts = " ".join(map(str, np.histogram(returns, 10)[0]))
+            assert (
+                f"{path.name}: {N:,} transitions, {len(returns):,} episodes" in result.stdout
+                and counts in result.stdout
+            )
             assert [by_step[k] for k in a["policy_step"]] == pytest.approx(a["policy_return"], rel=1e-4)
         if quality in ("random", "medium", "mini"):  # the other stages take it by its name
             task = stage1.parse_env(name)
@@ -336,6 +384,15 @@ def test_a_gymnasium_vector_environment_is_collected_and_says_so(tmp_path, run_m
 
 
 # ---- resume, refusals ----
+
+
+def test_rows_of_a_killed_run_after_its_checkpoint_are_cut_off(tmp_path):
+    rows = np.arange(10, dtype=np.int32).view([("observations", "i4")])
+    stage0.append_replay(tmp_path, rows, 0, 6)
+    stage0.append_replay(tmp_path, rows[::-1], 4, 8)  # the checkpoint knew of 4
+    found = np.zeros(8, rows.dtype)
+    stage0.read_replay(tmp_path, found)
+    assert found["observations"].tolist() == [0, 1, 2, 3, 5, 4, 3, 2]
 
 
 def run_state(folder):
