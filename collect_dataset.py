@@ -76,6 +76,7 @@ ACTOR_LR, CRITIC_LR, ALPHA_LR = 3e-4, 1e-3, 1e-3
 START = 5_000  # steps of uniformly random actions, before the first gradient step
 EVAL_EVERY, EVAL_EPISODES, LOG_EVERY = 5_000, 10, 1_000  # in environment steps; an evaluation acts without noise
 RECORD_ENVS = 64  # episodes recorded in lockstep
+D4RL_KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
 MINI_POOL, MINI_BINS = 5, 20  # mini: so many times the transitions are recorded, and chosen from in bins of return
 
 
@@ -167,8 +168,8 @@ class Actor(nn.Module):
     def __init__(self, obs_dim: int, low: np.ndarray, high: np.ndarray):
         super().__init__()
         self.net = mlp(obs_dim, 2 * len(low))
-        self.register_buffer("scale", torch.as_tensor((high - low) / 2))
-        self.register_buffer("middle", torch.as_tensor((high + low) / 2))
+        self.register_buffer("scale", torch.as_tensor((high - low) / 2, dtype=torch.float32))
+        self.register_buffer("middle", torch.as_tensor((high + low) / 2, dtype=torch.float32))
 
     def forward(self, obs, generator):
         """Sampled actions (B, act_dim) and the log-density (B,) of their unstretched values."""
@@ -255,7 +256,7 @@ def temperature_loss(agent: Agent, log_pi: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)
     args = tyro.cli(Args, description=__doc__)
-    envs = check(args)
+    check(args)
     n, files = args.num_envs, {quality: dataset_file(args, quality) for quality in args.qualities}
     cfg = dict(env_id=args.env_id, seed=args.seed, num_envs=n, exp_name=args.exp_name)
     cfg |= dict(gymnasium=gymnasium.__version__, mujoco=mujoco.__version__)  # another simulator is another run
@@ -264,6 +265,7 @@ def main() -> None:
     folder = Path(args.runs_dir) / f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}"
     state = check_same_run(folder, "resume.pt", "collect_dataset", cfg, None)
     lock = claim(folder)
+    envs = Episodes(args.env_id, n, args.seed * 10**18)
     how = "in lockstep" if envs.lockstep else f"in gymnasium.vector (slower than {', '.join(BODY_IDS)})"
     print(f"{folder}: SAC on {args.env_id}, {args.total_steps:,} steps, {n} environments {how}")
 
@@ -403,9 +405,6 @@ def plan(args: Args, cfg: dict, files: dict, evaluations: dict[int, float]) -> t
     return jobs, missing
 
 
-D4RL_KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
-
-
 def episode_returns(rows: np.ndarray) -> np.ndarray:
     """(E,) raw return of each episode, of rows that hold whole episodes one after the other."""
     ends = np.flatnonzero(rows["terminals"] | rows["timeouts"]) + 1
@@ -425,7 +424,8 @@ def record(actor, args, step: int | None, episodes=0, transitions=0, bar=None, s
     They are the first in the order they begin (not: end, those would be the short ones) that are at least so many and
     hold at least so many transitions. None if `stop` was requested.
     """
-    seed = args.seed * 10**18 + (10**9 if step is None else (step + 2) * 10**9)  # the training's episodes are 0, 1, ...
+    # the training's episodes have the seeds 10**18 seed + 0, 1, ...; those of an evaluation and of each policy follow
+    seed = args.seed * 10**18 + (1 if step is None else step + 2) * 10**9
     n = episodes or min(RECORD_ENVS, -(-transitions // HORIZON))
     envs = Episodes(args.env_id, n, seed)
     generator = None if step is None else torch.Generator().manual_seed(seed % 2**63)
@@ -536,8 +536,8 @@ def write_hdf5(path: Path, rows: np.ndarray, attributes: dict) -> None:
     print(f"  episodes per tenth of the range {edges[0]:.0f} .. {edges[-1]:.0f}: {' '.join(map(str, counts))}")
 
 
-def check(args: Args) -> Episodes:
-    """The training's environments; exits 2 on arguments that cannot work."""
+def check(args: Args) -> None:
+    """Exits 2 on arguments that cannot work, with one line."""
     check_seed(args.seed)
     if args.transitions < 1 or not 1 <= args.num_envs <= LOG_EVERY:
         fail(f"--transitions {args.transitions} must be at least 1, --num-envs {args.num_envs} in 1 .. {LOG_EVERY:,}")
@@ -562,7 +562,6 @@ def check(args: Args) -> Episodes:
     if not limit:
         fail(f"--env-id {args.env_id}: no time limit, so episodes may never end; register it with max_episode_steps")
     env.close()
-    return Episodes(args.env_id, args.num_envs, args.seed * 10**18)
 
 
 # ======== shared: setup (the same text in collect_dataset.py, pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========

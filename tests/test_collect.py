@@ -534,3 +534,39 @@ def test_a_nan_stops_the_training_and_keeps_the_last_good_state(tmp_path, small,
     assert code == 1 and "NaN" in err.splitlines()[-1] and "resume.pt is the last good state" in err
     state, _ = run_state(tmp_path)
     assert state["step"] == 600 and all(x.isfinite().all() for x in state["agent"].values())
+
+
+# ---- hopper-mini, the embedded dataset ----
+
+
+def test_hopper_mini_is_what_readme_says():
+    path = ROOT / "data" / "hopper-mini.hdf5"
+    assert path.stat().st_size <= 6 * 2**20
+    data = stage1.read_dataset(stage1.parse_env("hopper-mini"), ())
+    assert 60_000 <= len(data.rewards) <= 100_000 and data.clipped == 0 and not data.is_d4rl
+    counts, edges = np.histogram(data.returns)
+    assert edges[0] < 50 and counts.min() * 2 >= counts.max(), counts  # from falling at once, evenly
+    with h5py.File(path) as f:
+        assert edges[-1] > 0.9 * max(f.attrs["policy_return"]) and f.attrs["env_id"] == "Hopper-v4"
+        assert f.attrs["command"] in (ROOT / "README.md").read_text()
+
+
+def test_rows_of_hopper_mini_are_steps_of_gymnasiums_hopper():
+    """Put Gymnasium's own environment into the recorded state (x is not in it, and nothing depends on x), and step."""
+    data = stage1.read_dataset(stage1.parse_env("hopper-mini"), ())
+    inside = np.ones(len(data.rewards), bool)
+    inside[data.ends - 1] = False
+    inside[np.abs(data.observations[:, 5:]).max(axis=1) >= 10] = False  # a clipped velocity is not the state's
+    env = stage0.make_env("Hopper-v4")
+    env.reset(seed=0)
+    for i in np.random.default_rng(0).choice(np.flatnonzero(inside), 300, replace=False):
+        obs = data.observations[i].astype(np.float64)
+        env.set_state(np.append(0.0, obs[:5]), obs[5:])
+        following, reward, terminated, _, _ = env.step(data.actions[i])
+        np.testing.assert_allclose(following, data.observations[i + 1], rtol=1e-3, atol=1e-3)
+        assert reward == pytest.approx(data.rewards[i], abs=1e-3) and not terminated
+    for end in data.ends[:40]:
+        obs = data.observations[end - 1].astype(np.float64)
+        if np.abs(obs[5:]).max() < 10:
+            env.set_state(np.append(0.0, obs[:5]), obs[5:])
+            assert env.step(data.actions[end - 1])[2] == data.terminals[end - 1]
