@@ -6,13 +6,13 @@ Trains soft actor-critic online (SAC, Haarnoja et al. 2018), one gradient step p
 every evaluation, and records
     random         the untrained policy
     medium-replay  the replay buffer up to the medium policy
-    medium         the first evaluated policy above a third of the way from untrained to expert (or --medium-return)
-    expert         the best evaluated policy
+    medium         the first evaluated policy above a third of the expert's return (or --medium-return)
+    expert         the best evaluated policy: mean return of 10 episodes without noise
     medium-expert  both, one after the other
     mini           episodes of all evaluated policies whose returns spread evenly from the lowest to the highest
 
 as <out-dir>/<body>-<quality>-local.hdf5 (mini: <body>-mini.hdf5), which the other stages take as --env hopper-medium-local.
-Policies act by sampling, as D4RL's do. This is your own data, not D4RL's. It runs on the CPU: the networks are small.
+Recorded policies act by sampling, as D4RL's do. This is your own data, not D4RL's. It runs on the CPU: the networks are small.
 Order of the file: Args, the environments, SAC, main, recording; then the blocks this file shares with the other stages.
 """
 
@@ -52,13 +52,13 @@ class Args:
     seed: int = 1
     """seed of the networks, the actions and the episodes"""
     qualities: tuple[Quality, ...] = ("random", "medium-replay", "medium", "expert", "medium-expert")
-    """which files to write"""
+    """which files to write; the training is the same for all"""
     transitions: int = 1_000_000
-    """per file, in whole episodes (medium-replay: what the buffer holds; medium-expert: twice as many)"""
+    """at least so many per file, in whole episodes (medium-expert: of each; mini: at most; medium-replay: as there are)"""
     total_steps: int = 1_000_000
-    """environment steps of training, and gradient steps; a finished run goes on where this is raised"""
+    """environment steps of training; a finished run goes on where this is raised (new levels need a new --out-dir)"""
     medium_return: float | None = None
-    """raw return that makes a policy "medium" (None: a third of the way from the untrained policy to the best)"""
+    """raw return that makes a policy "medium" (None: a third of the expert's)"""
     num_envs: int = 8
     """environments that train in lockstep"""
     out_dir: str = "data"
@@ -69,15 +69,15 @@ class Args:
     """name of this experiment; the run folder is <runs-dir>/<env-id>__<exp-name>__<seed>"""
 
 
-# CleanRL's settings of SAC for MuJoCo. With the SAC paper's 3e-4 for the critic and alpha too, Hopper hops once and falls
-# (return 320) for long: with seed 1 it still did after 110,000 steps, with these it was at 1,800 after 65,000.
+# CleanRL's settings of SAC for MuJoCo. With the SAC paper's 3e-4 for the critic and alpha as well, seed 1 of Hopper still
+# made one hop and fell (return 320) after 110,000 steps; with these it was at 1,800 after 65,000.
 GAMMA, TAU, WIDTH, BATCH = 0.99, 0.005, 256, 256
 ACTOR_LR, CRITIC_LR, ALPHA_LR = 3e-4, 1e-3, 1e-3
 START = 5_000  # steps of uniformly random actions, before the first gradient step
 EVAL_EVERY, EVAL_EPISODES, LOG_EVERY = 5_000, 10, 1_000  # in environment steps; an evaluation acts without noise
 RECORD_ENVS = 64  # episodes recorded in lockstep
 D4RL_KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
-MINI_POOL, MINI_BINS = 5, 20  # mini: so many times the transitions are recorded, and chosen from in bins of return
+MINI_POOL, MINI_BINS = 5, 20  # mini records MINI_POOL times --transitions, and draws from MINI_BINS bins of return
 
 
 class Episodes:
@@ -100,7 +100,7 @@ class Episodes:
             self.envs = gymnasium.make_vec(env_id, n, "sync", manual)
             self.obs, space = None, self.envs.single_action_space
             self.reset(range(n))
-        self.low, self.high = space.low, space.high  # (act_dim,)
+        self.low, self.high = np.float32(space.low), np.float32(space.high)  # (act_dim,)
         columns = [("observations", np.float32, self.obs.shape[1:]), ("actions", np.float32, space.shape)]
         columns += [("rewards", np.float32), ("terminals", bool), ("timeouts", bool), ("episode", np.int32)]
         self.row = np.dtype(columns)  # a transition, under D4RL's keys
@@ -147,7 +147,7 @@ class Episodes:
         self.reset(range(len(self.number)))
         self.t = (rows["episode"] == self.number).sum(axis=0)
         for k in range(self.t.max(), 0, -1):  # the k-th last step
-            self.play(np.where((self.t >= k)[:, None], rows["actions"][-k], np.float32(0)))
+            self.play(np.where((self.t >= k)[:, None], rows["actions"][-k], self.low))
             if len(waiting := np.flatnonzero(self.t < k)):  # episodes that begin later are held at their start
                 self.reset(waiting)
         self.begin(np.flatnonzero(rows["terminals"][-1] | rows["timeouts"][-1]))
@@ -261,13 +261,11 @@ def main() -> None:
     cfg = dict(env_id=args.env_id, seed=args.seed, num_envs=n, exp_name=args.exp_name)
     cfg |= dict(gymnasium=gymnasium.__version__, mujoco=mujoco.__version__)  # another simulator is another run
     for quality, path in files.items():
-        is_there(path, cfg | dict(quality=quality))  # refuses another run's file before the training, not after
+        is_there(path, cfg | attributes_of(args, quality))  # refuses another run's file before the training, not after
     folder = Path(args.runs_dir) / f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}"
-    state = check_same_run(folder, "resume.pt", "collect_dataset", cfg, None)
     lock = claim(folder)
+    state = check_same_run(folder, "resume.pt", "collect_dataset", cfg, None)
     envs = Episodes(args.env_id, n, args.seed * 10**18)
-    how = "in lockstep" if envs.lockstep else f"in gymnasium.vector (slower than {', '.join(BODY_IDS)})"
-    print(f"{folder}: SAC on {args.env_id}, {args.total_steps:,} steps, {n} environments {how}")
 
     torch.manual_seed(args.seed)
     agent = Agent(envs.obs.shape[1], envs.low, envs.high)
@@ -278,7 +276,12 @@ def main() -> None:
     generator = torch.Generator().manual_seed(args.seed)
     meters = Meters(["q_loss", "actor_loss", "q_mean", "alpha"], torch.device("cpu"))
     step, evaluations = 0, {}  # environment steps; step -> mean return of the policy without noise
-    replay = np.zeros(max(args.total_steps, state["step"] if state else 0) + n, envs.row)
+    try:
+        replay = np.zeros(max(args.total_steps, state["step"] if state else 0) + n, envs.row)
+    except MemoryError:
+        fail(f"--total-steps {args.total_steps:,}: a replay buffer of so many transitions does not fit into memory")
+    how = "in lockstep" if envs.lockstep else f"in gymnasium.vector (slower than {', '.join(BODY_IDS)})"
+    print(f"{folder}: SAC on {args.env_id}, {args.total_steps:,} steps, {n} environments {how}")
     if state:
         restore(state, parts, meters, generator)
         step, evaluations = state["step"], state["evaluations"]
@@ -287,7 +290,7 @@ def main() -> None:
             envs.replay(replay[:step].reshape(-1, n))
     saved = step  # so many rows are in replay.bin
     metrics = MetricsLog(folder / "metrics.csv", ["step", *meters.names], step)
-    returns = MetricsLog(folder / "evaluations.csv", ["step", "return"], step)
+    returns = MetricsLog(folder / "evaluations.csv", ["step", "return"], max(evaluations, default=-1))
     stop = StopSignal()
     bar = tqdm(total=args.total_steps, initial=step, unit="step", desc=f"SAC {args.env_id}", dynamic_ncols=True)
 
@@ -300,7 +303,7 @@ def main() -> None:
 
     while True:
         if step % EVAL_EVERY < n and step not in evaluations:  # the untrained policy is the first
-            rows = record(agent.actor, args, None, episodes=EVAL_EPISODES, stop=stop)
+            rows = record(agent.actor, args, None, stop, episodes=EVAL_EPISODES)
             if rows is None:
                 break
             evaluations[step] = float(episode_returns(rows).mean())
@@ -331,7 +334,7 @@ def main() -> None:
             descend(alpha_opt, temperature_loss(agent, log_pi))
             ema_update(agent.target_critic, agent.critic, TAU)
             meters.add(torch.stack([q_loss.detach(), pi_loss.detach(), q_mean, agent.log_alpha.detach().exp()]), step)
-        meters.check(bar, folder, "ACTOR_LR or CRITIC_LR (in this file)")
+        meters.check(bar, folder, "ACTOR_LR or CRITIC_LR in this file, under another --exp-name")
         if step % LOG_EVERY < n and meters.count:
             metrics.write({"step": step, **meters.means()})
     bar.close()
@@ -339,28 +342,30 @@ def main() -> None:
     metrics.close()
     returns.close()
     envs.close()
+    jobs, problems = [], []
     if not stop.requested:
-        jobs, missing = plan(args, cfg, files, {k: v for k, v in evaluations.items() if k <= args.total_steps})
-        for path, steps, attributes in jobs:
-            quality = attributes["quality"]
-            if quality == "medium-replay":
-                rows = whole_episodes(replay[: steps[0]])
-            else:
-                rows = record_policies(folder, steps, args, quality == "mini", path.stem, stop)
-            if stop.requested:
-                break
+        # what is known at --total-steps; a policy that has made no gradient step is of no level
+        known = {k: v for k, v in evaluations.items() if (k == 0 or k > START) and k < args.total_steps + n}
+        jobs, problems = plan(args, cfg, files, known)
+    for path, steps, attributes in jobs:
+        quality = attributes["quality"]
+        if quality == "medium-replay":
+            rows = whole_episodes(replay[: steps[0]])
+        else:
+            rows = record_policies(folder, steps, args, quality == "mini", path.stem, stop)
+        if rows is None:
+            break
+        if len(rows):
             write_hdf5(path, rows, attributes)
-    if stop.requested:
-        print(f"stopped at step {step:,} of {args.total_steps:,}; the same command continues from there")
-        sys.exit(130)
-    lock.release()
-    if missing:
-        best = max(evaluations, key=evaluations.get)
-        fail(
-            f"--medium-return {args.medium_return:g} was never reached (best: {evaluations[best]:.0f} at step {best:,}), so "
-            f"{', '.join(missing)} could not be made; all else is kept, and a larger --total-steps trains on from here",
-            code=1,
-        )
+        else:
+            few = "--num-envs is too large" if quality == "medium-replay" else "--transitions is too small"
+            problems.append(f"{path}: no whole episode; {few}")
+    else:  # not stopped while recording
+        if step >= args.total_steps:
+            lock.release()
+            return fail("; ".join(problems), code=1) if problems else None
+    print(f"stopped at step {step:,} of {args.total_steps:,}; the same command continues from there")
+    sys.exit(130)
 
 
 def descend(opt: torch.optim.Optimizer, loss: torch.Tensor) -> None:
@@ -372,21 +377,27 @@ def descend(opt: torch.optim.Optimizer, loss: torch.Tensor) -> None:
 def choose_levels(evaluations: dict[int, float], medium_return: float | None) -> dict[str, int]:
     """The training steps of the random, medium and expert policy, from the evaluated return at each step.
 
-    Medium is left out if no policy reached medium_return. Its default is not simply a third of the expert's return:
-    that would be above the expert where returns are negative.
+    Medium is left out if no policy reached medium_return. Its default is a third of the expert's return, counted from the
+    untrained policy's where that is negative.
     """
     trained = [step for step in evaluations if step > 0]
     expert = max(trained, key=evaluations.get)
     if medium_return is None:
-        medium_return = evaluations[0] + (evaluations[expert] - evaluations[0]) / 3
+        base, best = min(evaluations[0], evaluations[expert], 0), evaluations[expert]
+        medium_return = base + (best - base) / 3
     medium = [step for step in trained if evaluations[step] >= medium_return][:1]
     return dict(random=0, expert=expert, **({"medium": medium[0]} if medium else {}))
+
+
+def attributes_of(args: Args, quality: str) -> dict:
+    """What of a file is known before the training."""
+    return dict(quality=quality) | ({} if quality == "medium-replay" else dict(transitions=args.transitions))
 
 
 def plan(args: Args, cfg: dict, files: dict, evaluations: dict[int, float]) -> tuple[list, list[str]]:
     """What to record: (path, training steps of its policies, attributes) of each file that is not there yet.
 
-    And the qualities that need a medium policy where there is none. Exits 2 if a file is of other policies.
+    And a line if there is no medium policy for some. Exits 2 if a file is there and of other policies.
     """
     levels, jobs, missing = choose_levels(evaluations, args.medium_return), [], []
     for quality, path in files.items():
@@ -395,14 +406,19 @@ def plan(args: Args, cfg: dict, files: dict, evaluations: dict[int, float]) -> t
             missing.append(quality)
             continue
         steps = list(evaluations) if quality == "mini" else [levels[level] for level in needs]
-        attributes = cfg | dict(quality=quality, policy_step=steps, policy_return=[evaluations[k] for k in steps])
-        if quality != "medium-replay":
-            attributes["min_transitions"] = args.transitions
+        policies = dict(policy_step=steps, policy_return=[evaluations[k] for k in steps])
+        attributes = cfg | attributes_of(args, quality) | policies
         if is_there(path, attributes):
             print(f"{path} is there already")
         else:
             jobs.append((path, steps, attributes))
-    return jobs, missing
+    if not missing:
+        return jobs, []
+    best = levels["expert"]
+    return jobs, [
+        f"--medium-return {args.medium_return:g} was never reached (best: {evaluations[best]:.0f} at step {best:,}), so "
+        f"{', '.join(missing)} could not be made; all else is kept, and a larger --total-steps trains on from here"
+    ]
 
 
 def episode_returns(rows: np.ndarray) -> np.ndarray:
@@ -418,7 +434,9 @@ def whole_episodes(rows: np.ndarray) -> np.ndarray:
     return rows[np.argsort(rows["episode"], kind="stable")]
 
 
-def record(actor, args, step: int | None, episodes=0, transitions=0, bar=None, stop=None) -> np.ndarray | None:
+def record(
+    actor: Actor, args: Args, step: int | None, stop: "StopSignal", episodes=0, transitions=0, bar=None
+) -> np.ndarray | None:
     """Whole episodes of the policy of training step `step`, acting by sampling; None: an evaluation, without noise.
 
     They are the first in the order they begin (not: end, those would be the short ones) that are at least so many and
@@ -441,7 +459,7 @@ def record(actor, args, step: int | None, episodes=0, transitions=0, bar=None, s
             whole += 1
             if bar is not None:
                 bar.update(lengths[whole - 1])
-        if stop is not None and stop.requested:
+        if stop.requested:
             return None
     envs.close()
     rows = np.concatenate(blocks)
@@ -455,7 +473,7 @@ def record_policies(folder: Path, steps: list[int], args: Args, spread: bool, na
     with tqdm(total=each * len(steps), unit="transition", desc=name, dynamic_ncols=True) as bar:
         for step in steps:
             actor = load_actor(folder / "policies" / f"{step}.pt")
-            parts.append(record(actor, args, step, transitions=each, bar=bar, stop=stop))
+            parts.append(record(actor, args, step, stop, transitions=each, bar=bar))
             if stop.requested:
                 return None
     return spread_evenly(np.concatenate(parts), args.transitions) if spread else np.concatenate(parts)
@@ -494,8 +512,8 @@ def read_replay(folder: Path, replay: np.ndarray) -> None:
 
 def load_actor(path: Path) -> Actor:
     state = load_checkpoint(path, "collect_dataset")["actor"]
-    low, high = state["middle"] - state["scale"], state["middle"] + state["scale"]
-    actor = Actor(state["net.0.weight"].shape[1], low.numpy(), high.numpy())
+    bounds = np.zeros(len(state["scale"]))  # the real ones are in the state
+    actor = Actor(state["net.0.weight"].shape[1], bounds, bounds)
     actor.load_state_dict(state)
     return actor
 
@@ -514,21 +532,23 @@ def is_there(path: Path, attributes: dict) -> bool:
             found = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in f.attrs.items()}
     except OSError:
         found = {}
-    if differs := [f"{k} {found.get(k)} there, {v} here" for k, v in attributes.items() if found.get(k) != v]:
+    differs = [f"{k} {found.get(k)!s:.60} there, {v!s:.60} here" for k, v in attributes.items() if found.get(k) != v]
+    if differs:
         fail(f"{path} is there and was made otherwise ({differs[0]}); remove it, or choose another --out-dir")
     return True
 
 
 def write_hdf5(path: Path, rows: np.ndarray, attributes: dict) -> None:
     """D4RL's keys and some attributes; the file appears when it is whole. Says what is in it."""
-    if not len(rows):
-        fail(f"{path}: no whole episode; the medium policy came too early, or --transitions is too small")
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with h5py.File(part, "w") as f:
         for key in D4RL_KEYS:
             f.create_dataset(key, data=rows[key], compression="gzip", shuffle=True)
         f.attrs.update(attributes)
         f.attrs["command"] = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    if path.exists():  # it was not when this process began
+        part.unlink()
+        fail(f"{path} is there by now: another process has written it; choose another --out-dir")
     os.replace(part, path)
     found = episode_returns(rows)
     print(f"{path}: {len(rows):,} transitions, {len(found):,} episodes, mean return {found.mean():.0f}")
@@ -539,10 +559,17 @@ def write_hdf5(path: Path, rows: np.ndarray, attributes: dict) -> None:
 def check(args: Args) -> None:
     """Exits 2 on arguments that cannot work, with one line."""
     check_seed(args.seed)
-    if args.transitions < 1 or not 1 <= args.num_envs <= LOG_EVERY:
-        fail(f"--transitions {args.transitions} must be at least 1, --num-envs {args.num_envs} in 1 .. {LOG_EVERY:,}")
-    if args.total_steps < EVAL_EVERY:
-        fail(f"--total-steps {args.total_steps}: must be at least {EVAL_EVERY:,}, the steps to the first evaluation")
+    if not args.qualities:
+        fail("--qualities: name at least one")
+    if args.transitions < 1:
+        fail(f"--transitions {args.transitions}: must be at least 1")
+    if not 1 <= args.num_envs <= LOG_EVERY:
+        fail(f"--num-envs {args.num_envs}: must be between 1 and {LOG_EVERY:,}")
+    first = (START // EVAL_EVERY + 1) * EVAL_EVERY
+    if args.total_steps < first:
+        fail(
+            f"--total-steps {args.total_steps}: must be at least {first:,}, where the first trained policy is evaluated"
+        )
     try:
         Path(args.out_dir).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out_dir).close()

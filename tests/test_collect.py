@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -214,12 +215,19 @@ def test_main_makes_one_gradient_step_of_everything_per_environment_step(tmp_pat
 
 
 def test_levels_by_hand():
-    assert stage0.choose_levels({0: 100, 5: 390, 10: 420, 15: 1000, 20: 990}, None) == dict(
+    assert stage0.choose_levels({0: 100, 5: 320, 10: 420, 15: 1000, 20: 990}, None) == dict(
         random=0, medium=10, expert=15
     )
+    assert stage0.choose_levels({0: 987, 5: 620, 10: 1700, 15: 4500}, None) == dict(
+        random=0, medium=10, expert=15
+    )  # Ant
     assert stage0.choose_levels({0: -45, 5: -40, 10: -30, 15: -6}, None) == dict(random=0, medium=10, expert=15)
+    assert stage0.choose_levels({0: -45, 5: -60, 10: -50}, None) == dict(random=0, medium=10, expert=10)
     assert stage0.choose_levels({0: 100, 5: 390, 10: 420}, 380) == dict(random=0, medium=5, expert=10)
     assert stage0.choose_levels({0: 1000, 5: 390, 10: 420}, 500) == dict(random=0, expert=10)  # untrained is no level
+
+
+RUNNING = types.SimpleNamespace(requested=False)
 
 
 class Constant:
@@ -257,11 +265,11 @@ def test_recorded_episodes_are_the_first_to_begin_not_the_first_to_end(monkeypat
     args = stage0.Args()
     for minimum, whole in ((1, 1), (2, 2), (3, 2), (4, 3), (10, 4), (11, 5), (25, 11)):
         monkeypatch.setattr(stage0, "HORIZON", 4)
-        rows = stage0.record(Constant(), args, 5, transitions=minimum)
+        rows = stage0.record(Constant(), args, 5, RUNNING, transitions=minimum)
         assert rows["episode"].tolist() == [k for k in range(whole) for _ in range(k % 4 + 1)]
         assert rows["rewards"].tolist() == [t for k in range(whole) for t in range(k % 4 + 1)]
     monkeypatch.setattr(Constant, "evaluated", True)
-    assert stage0.record(Constant(), args, None, episodes=3)["episode"].tolist() == [0, 1, 1, 2, 2, 2]
+    assert stage0.record(Constant(), args, None, RUNNING, episodes=3)["episode"].tolist() == [0, 1, 1, 2, 2, 2]
 
 
 def test_spread_evenly_takes_from_every_bin_in_turn(monkeypatch):
@@ -478,12 +486,14 @@ def test_bad_arguments(tmp_path, run_main, collected, monkeypatch):
         (["--env-id", "Endless-v0"], "no time limit"),
         (["--out-dir", tmp_path / "file"], "cannot write there"),
         (["--out-dir", "/proc/none"], "cannot write there"),
-        (["--total-steps", 4999], "--total-steps 4999"),
+        (["--total-steps", 9999], "--total-steps 9999"),
+        (["--qualities"], "--qualities"),
         (["--transitions", 0], "--transitions 0"),
         (["--num-envs", 0], "--num-envs 0"),
         (["--seed", -1], "--seed -1"),
         (["--out-dir", tmp_path / "elsewhere"], "was made otherwise"),
         (["--out-dir", folder / "data", "--seed", 2], "was made otherwise (seed 1 there, 2 here)"),
+        (["--out-dir", folder / "data"], "was made otherwise (transitions 700 there, 1000000 here)"),
         (["--runs-dir", tmp_path / "file"], "cannot write there"),
     ]
     if os.geteuid():  # root writes everywhere
@@ -494,6 +504,44 @@ def test_bad_arguments(tmp_path, run_main, collected, monkeypatch):
         assert (code, out) == (2, "") and says in err and err.count("\n") == 1, (arguments, out, err)
         assert not (tmp_path / "runs").exists()
     gymnasium.registry.pop("Endless-v0")
+    code, out, err = run_main(stage0, "--total-steps", 10**17)
+    assert (code, out) == (2, "") and "does not fit into memory" in err and err.count("\n") == 1
+
+
+def test_steps_that_the_environments_do_not_divide_and_files_without_an_episode(tmp_path, small, run_main, monkeypatch):
+    """7 environments pass 1,200 steps at 1,204: that policy counts. HalfCheetah has no whole episode in 602 / 7 steps."""
+    monkeypatch.chdir(tmp_path)
+    common = ["--num-envs", 7, "--transitions", 50]
+    code, _, err = run_main(stage0, *common, "--total-steps", 1200, "--qualities", "mini")
+    assert code == 0, err
+    with h5py.File(tmp_path / "data/hopper-mini.hdf5") as f:
+        assert f.attrs["policy_step"].tolist() == [0, 602, 1204]
+    code, out, err = run_main(
+        stage0,
+        *common,
+        "--env-id",
+        "HalfCheetah-v4",
+        "--total-steps",
+        600,
+        "--qualities",
+        "medium-replay",
+        "mini",
+        "expert",
+    )
+    last = err.splitlines()[-1]
+    assert code == 1 and "medium-replay-local.hdf5: no whole episode; --num-envs is too large" in last
+    assert "mini.hdf5: no whole episode; --transitions is too small" in last
+    assert [p.name for p in (tmp_path / "data").glob("half*")] == ["halfcheetah-expert-local.hdf5"]
+
+
+def test_a_file_that_another_process_wrote_meanwhile_is_kept(tmp_path):
+    path = tmp_path / "x.hdf5"
+    path.write_text("theirs")
+    rows = np.zeros(3, stage0.Episodes("Hopper-v4", 1, 0).row)
+    rows["terminals"][-1] = True
+    with pytest.raises(SystemExit):
+        stage0.write_hdf5(path, rows, {})
+    assert path.read_text() == "theirs" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_damaged_run_folder_is_refused(collected, tmp_path, small, run_main, monkeypatch):
