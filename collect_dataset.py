@@ -77,7 +77,7 @@ START = 5_000  # steps of uniformly random actions, before the first gradient st
 EVAL_EVERY, EVAL_EPISODES, LOG_EVERY = 5_000, 10, 1_000  # in environment steps; an evaluation acts without noise
 RECORD_ENVS = 64  # episodes recorded in lockstep
 D4RL_KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
-MINI_POOL, MINI_BINS = 5, 20  # mini records MINI_POOL times --transitions, and draws from MINI_BINS bins of return
+MINI_POOL, MINI_BINS = 10, 20  # mini records MINI_POOL times --transitions, and draws from MINI_BINS bins of return
 
 
 class Episodes:
