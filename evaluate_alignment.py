@@ -316,7 +316,7 @@ def curve_label(record: dict) -> str:
     return f"{method}, seed {record['seed']}{best}: RMSE {record['alignment_rmse']:.1f}"
 
 
-def plot(records: list[dict], task: "Task", returns: np.ndarray, title: str, path: str) -> None:
+def plot(records: list[dict], task: "Task", returns: np.ndarray, title: str, file: str) -> None:
     """Achieved against target score, with the diagonal and a band of one std; below, the dataset's returns."""
     import matplotlib  # imported here: it takes a while
 
@@ -328,19 +328,25 @@ def plot(records: list[dict], task: "Task", returns: np.ndarray, title: str, pat
     )
     span = [task.score(returns.min()), task.score(returns.max())]
     top.plot(span, span, "--", color="0.5", linewidth=1, label="achieved = target")
+    experiments = []  # seeds of one experiment share a colour
     for record in records:
+        path = Path(record["checkpoint"])
+        experiment = (path.parent.name.rpartition("__")[0], path.name)
+        experiments += [experiment] * (experiment not in experiments)
+        color = f"C{experiments.index(experiment) % 10}"
         x, y, std = (np.array([row[k] for row in record["sweep"]]) for k in ("target_score", "score_mean", "score_std"))
-        (line,) = top.plot(x, y, marker="o", markersize=3, label=curve_label(record))
-        top.fill_between(x, y - std, y + std, color=line.get_color(), alpha=0.15, linewidth=0)
+        top.plot(x, y, marker="o", markersize=3, color=color, label=curve_label(record))
+        top.fill_between(x, y - std, y + std, color=color, alpha=0.3 / (1 + len(records)), linewidth=0)
     top.set_ylabel("achieved score (mean, band: one std)")
     top.set_title(title, fontsize="small")
     top.legend(fontsize="small", loc="upper left")
     top.grid(alpha=0.3)
-    bottom.hist(task.score(returns), bins=60, color="0.6")
-    bottom.set_yscale("log")
+    counts, _, _ = bottom.hist(task.score(returns), bins=30, color="0.6")
+    if counts.max() > 100:
+        bottom.set_yscale("log")
     bottom.set_ylabel("episodes")
     bottom.set_xlabel("target score (0: random, 100: expert)")
-    figure.savefig(path, format="png", dpi=130)
+    figure.savefig(file, format="png", dpi=130)
     plt.close(figure)
 
 
