@@ -339,7 +339,7 @@ def plot(records: list[dict], task: "Task", returns: np.ndarray, title: str, fil
         top.fill_between(x, y - std, y + std, color=color, alpha=0.3 / (1 + len(records)), linewidth=0)
     top.set_ylabel("achieved score (mean, band: one std)")
     top.set_title(title, fontsize="small")
-    top.legend(fontsize="small", loc="upper left")
+    top.legend(fontsize="small", loc="best")
     top.grid(alpha=0.3)
     counts, _, _ = bottom.hist(task.score(returns), bins=30, color="0.6")
     if counts.max() > 100:

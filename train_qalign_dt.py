@@ -130,8 +130,8 @@ TABLE_D8 = {
     "antmaze": (5.0, 100.0, 1.0),
 }
 SAME_ROW = {"ant": "halfcheetah", "expert": "medium-expert", "random": "medium", "mixed": "medium-replay"}
-# hopper-mini's preset, for two CPU cores: every entry deviates from the paper. So few steps need a faster actor and a
-# gentler alignment than Table D.8's, or high requests collapse (results/README.md).
+# hopper-mini's preset, for ten minutes on two CPU cores: every entry deviates from the paper. So few steps need a faster
+# actor and a gentler alignment than Table D.8's, or high requests collapse (results/README.md).
 MINI = dict(
     **dict(total_steps=5_000, embed_dim=64, n_layer=2, n_head=2, context_len=10, batch_size=64, critic_width=128),
     **dict(actor_lr=1e-3, sigma_e=1.0, lambda_e=0.02, delta_rtg=0.5),
