@@ -99,6 +99,38 @@ def test_replay_brings_the_environments_back(env_id, steps):
         assert (one.step(a) == two.step(a)).all()
 
 
+class Echo(gymnasium.Env):
+    """Observes its last action; refuses one outside bounds that do not contain 0 and are float64."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,))
+    action_space = gymnasium.spaces.Box(0.1, 0.7, (2,), np.float64)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = int(self.np_random.integers(2, 6))
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        assert (action >= 0.1).all() and (action <= 0.7).all()
+        self.left -= 1
+        return np.asarray(action), 0.0, self.left == 0, False, {}
+
+
+def test_what_is_recorded_is_what_was_played_in_an_environment_of_other_bounds():
+    gymnasium.register("Echo-v0", Echo, max_episode_steps=4)
+    rng, one = np.random.default_rng(0), stage0.Episodes("Echo-v0", 3, 5)
+    assert one.low.dtype == np.float32 and np.allclose(one.low, 0.1) and np.allclose(one.high, 0.7)
+    rows = np.stack([one.step(one.low + (one.high - one.low) * rng.random((3, 2), np.float32)) for _ in range(9)])
+    goes_on = ~(rows["terminals"] | rows["timeouts"])[:-1]
+    assert (rows["actions"][:-1][goes_on] == rows["observations"][1:][goes_on]).all() and goes_on.any()
+    assert rows["terminals"].any() and rows["timeouts"].any()
+    two = stage0.Episodes("Echo-v0", 3, 5)
+    two.replay(rows)  # waiting environments too are only played what they allow
+    actions = np.full((3, 2), 0.5, np.float32)
+    assert (one.step(actions) == two.step(actions)).all()
+    gymnasium.registry.pop("Echo-v0")
+
+
 # ---- SAC ----
 
 
