@@ -470,6 +470,26 @@ def test_killed_and_resumed_gives_the_same_policies_and_files(collected, tmp_pat
         assert (run / log).read_text() == (whole / "runs/Hopper-v4__collect_dataset__1" / log).read_text()
 
 
+def test_an_evaluation_whose_checkpoint_was_not_written_is_listed_once(tmp_path, small, run_main, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    real = stage0.save_checkpoint
+
+    def dying(path, payload):
+        if path.name == "600.pt":
+            raise KeyboardInterrupt
+        real(path, payload)
+
+    arguments = ["--total-steps", 600, "--transitions", 50, "--qualities", "random"]
+    monkeypatch.setattr(stage0, "save_checkpoint", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run_main(stage0, *arguments)
+    monkeypatch.setattr(stage0, "save_checkpoint", real)
+    log = tmp_path / "runs/Hopper-v4__collect_dataset__1/evaluations.csv"
+    assert [line.split(",")[0] for line in log.read_text().split()] == ["step", "0", "600"]
+    assert run_main(stage0, *arguments)[0] == 0
+    assert [line.split(",")[0] for line in log.read_text().split()] == ["step", "0", "600"]
+
+
 def test_more_steps_go_on_and_less_steps_choose_among_the_first(collected, tmp_path, small, run_main, monkeypatch):
     """1,200 steps raised to 1,800 is a run of 1,800; its files are refused where a level moved, not overwritten."""
     whole, _ = collected
