@@ -593,7 +593,7 @@ def check(args: Args) -> None:
 
 # ======== shared: setup (the same text in collect_dataset.py, pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
 
-FORMAT = 1  # of the checkpoint files
+FORMAT = 2  # of the checkpoint files
 HORIZON = 1000  # steps after which Gymnasium and D4RL cut an episode
 
 
@@ -803,6 +803,7 @@ class Simulator:
         self.env = env = make_env(env_id)
         self.body, self.model, self.frame_skip, self.dt = BODY_IDS[env_id], env.model, env.frame_skip, env.dt
         self.sims = [None] * len(seeds)
+        self.qpos, self.qvel = np.zeros((len(seeds), self.model.nq)), np.zeros((len(seeds), self.model.nv))
         self.reset(range(len(seeds)), seeds)
         self.threads = torch.get_num_threads()
         self.pool = ThreadPoolExecutor(self.threads)
@@ -812,6 +813,7 @@ class Simulator:
         for i, seed in zip(index, seeds):
             self.env.reset(seed=int(seed))
             self.sims[i] = copy.copy(self.env.data)  # MjData copies itself whole
+            self.qpos[i], self.qvel[i] = self.sims[i].qpos, self.sims[i].qvel
 
     def close(self) -> None:
         self.pool.shutdown()
@@ -819,8 +821,7 @@ class Simulator:
 
     def observe(self, index) -> np.ndarray:
         """(m, obs_dim) float64: the observations of some of the simulations."""
-        qpos = np.stack([self.sims[i].qpos for i in index])
-        qvel = np.stack([self.sims[i].qvel for i in index])
+        qpos, qvel = self.qpos[index], self.qvel[index]
         if self.body == "ant":
             return np.concatenate([qpos[:, 2:], qvel, np.zeros((len(qpos), 111 - 27))], axis=1)
         return np.concatenate([qpos[:, 1:], qvel if self.body == "halfcheetah" else qvel.clip(-10, 10)], axis=1)
@@ -830,12 +831,14 @@ class Simulator:
         if self.body == "ant":  # Gymnasium reads the torso's frame, which MuJoCo computed before its last substep
             torso = self.model.body("torso").id
             return np.array([self.sims[i].xpos[torso, 0] for i in index])
-        return np.array([self.sims[i].qpos[0] for i in index])
+        return self.qpos[index, 0]
 
     def advance(self, index, actions) -> None:
         for i, action in zip(index, actions):
-            self.sims[i].ctrl[:] = action
-            mujoco.mj_step(self.model, self.sims[i], self.frame_skip)
+            sim = self.sims[i]
+            sim.ctrl[:] = action
+            mujoco.mj_step(self.model, sim, self.frame_skip)
+            self.qpos[i], self.qvel[i] = sim.qpos, sim.qvel
 
     def step(self, index, actions):
         """One env.step of the simulations `index` (m,), given actions (m, act_dim).
@@ -847,8 +850,8 @@ class Simulator:
         list(self.pool.map(self.advance, np.array_split(index, n), np.array_split(actions, n)))
         velocity = (self.x_position(index) - before) / self.dt
         effort = np.square(actions).sum(axis=1)
-        z, angle = (np.array([self.sims[i].qpos[k] for i in index]) for k in (1, 2))
-        state = np.stack([np.concatenate([self.sims[i].qpos, self.sims[i].qvel]) for i in index])
+        state = np.concatenate([self.qpos[index], self.qvel[index]], axis=1)
+        z, angle = state[:, 1], state[:, 2]
         if self.body == "halfcheetah":
             reward, healthy = velocity - 0.1 * effort, np.ones(len(index), bool)
         elif self.body == "hopper":

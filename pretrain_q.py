@@ -6,13 +6,14 @@ Gym tasks: double-Q SARSA on the dataset's own actions,  y = r + gamma (1 - term
 AntMaze:   IQL with expectile 0.8,                       y = r + gamma (1 - terminal) V(s').
 Writes runs/<env>__<exp-name>__<seed>/critic.pt, which stage 2 (train_qalign_dt.py) starts from, and report.json: has Q
 reached the level of the data's discounted returns, and does it rank the data by them (Table E.19)?
-Order of the file: Args, critic, losses, main; then the blocks this file shares with the other stages.
+Order of the file: Args, critic, losses, one step, main; then the blocks this file shares with the other stages.
 """
 
 import argparse
 import contextlib
 import copy
 import csv
+import ctypes
 import difflib
 import hashlib
 import http.client
@@ -34,6 +35,7 @@ import h5py
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
@@ -52,6 +54,8 @@ class Args:
     """name of this experiment; the run folder is <runs-dir>/<env>__<exp-name>__<seed>"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train; auto takes CUDA if there is one"""
+    compile: bool = False
+    """torch.compile the networks and, on CUDA, replay a step as one CUDA graph (default: on for CUDA, off on CPU)"""
     method: Literal["sarsa", "iql"] | None = None
     """how the critic is trained (default: iql for AntMaze, sarsa for everything else)"""
     total_steps: int = 2_000_000
@@ -77,27 +81,60 @@ GAMMA, EXPECTILE, TARGET_EVERY, HELD_OUT, LOG_EVERY = 0.99, 0.8, 2, 0.05, 1000
 # ======== shared: critic (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
 
 
-class DoubleQ(nn.Module):
-    """Two independent Q networks: three hidden layers (App. D.1), Mish (release), linear output.
+class Mish(torch.autograd.Function):
+    """Mish(x) = x tanh(softplus(x)), with s = sigmoid(x), m = s (2 - s): x m / (2 - m). On a CPU 3 times torch's speed."""
+
+    @staticmethod
+    def forward(ctx, x):
+        s = torch.sigmoid(x)
+        m = s * (2 - s)
+        r = (2 - m).reciprocal_()
+        t = m.mul_(r)  # tanh(softplus(x)), whose derivative is s (2 (1 - s) r)^2
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(torch.addcmul(t, x, (1 - s).mul_(r).mul_(2).square_().mul_(s)))
+        return x * t
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0]
+
+
+class MLP(nn.Module):
+    """n independent networks, computed side by side: three hidden layers (App. D.1), Mish (release), linear output.
+
+    Call with x (..., inputs); returns (n, ...).
+    """
+
+    def __init__(self, n: int, inputs: int, width: int):
+        super().__init__()
+        sizes = [(inputs, width), (width, width), (width, width), (width, 1)]
+        uniform = [(torch.empty(n, i, o), torch.empty(n, 1, o), i**-0.5) for i, o in sizes]  # as in nn.Linear
+        self.weights = nn.ParameterList(weight.uniform_(-bound, bound) for weight, _, bound in uniform)
+        self.biases = nn.ParameterList(bias.uniform_(-bound, bound) for _, bias, bound in uniform)
+
+    def forward(self, x):
+        rows = x.shape[:-1]
+        x = x.reshape(-1, x.shape[-1]).expand(len(self.weights[0]), -1, -1)
+        own = not (x.is_cuda or torch.compiler.is_compiling())  # a compiler, or CUDA, makes one kernel of torch's Mish
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
+            x = torch.baddbmm(bias, x, weight)
+            if i < len(self.weights) - 1:
+                x = Mish.apply(x) if own else F.mish(x)
+        return x.view(-1, *rows)
+
+
+class DoubleQ(MLP):
+    """Two independent Q networks.
 
     Call with obs (..., obs_dim) standardised and act (..., act_dim); returns (2, ...): raw return, gamma 0.99.
     Always float32 with TF32 off: the alignment signal is the sign of a small difference of two large numbers.
     """
 
     def __init__(self, obs_dim: int, act_dim: int, width: int):
-        super().__init__()
-        self.q1, self.q2 = mlp(obs_dim + act_dim, width), mlp(obs_dim + act_dim, width)
+        super().__init__(2, obs_dim + act_dim, width)
 
     def forward(self, obs, act):
-        x = torch.cat([obs, act], dim=-1)
-        return torch.stack([self.q1(x), self.q2(x)]).squeeze(-1)
-
-
-def mlp(inputs: int, width: int) -> nn.Sequential:
-    layers = []
-    for n in (inputs, width, width):
-        layers += [nn.Linear(n, width), nn.Mish()]
-    return nn.Sequential(*layers, nn.Linear(width, 1))
+        return super().forward(torch.cat([obs, act], dim=-1))
 
 
 # ======== end of shared: critic ========
@@ -108,7 +145,9 @@ class Transitions:
 
     def __init__(self, data: "Dataset", task: "Task", device: torch.device):
         ends, rewards = np.repeat(data.ends, data.lengths), data.rewards + task.critic_reward_shift
-        self.obs = (torch.as_tensor(data.observations).to(device) - data.obs_mean.to(device)) / data.obs_std.to(device)
+        self.obs = (torch.as_tensor(data.observations).to(device) - data.obs_mean.to(device)).div_(
+            data.obs_std.to(device)
+        )
         self.act, self.reward, self.terminal = (
             torch.as_tensor(x).to(device) for x in (data.actions, rewards, data.terminals)
         )
@@ -155,11 +194,17 @@ def return_target(target_critic: DoubleQ, data: Transitions, i: torch.Tensor) ->
     return data.returns[i] + data.to_last[i] * ~data.terminal[last] * (q_last - data.reward[last])
 
 
+def iql_target(value: nn.Module, data: Transitions, i: torch.Tensor) -> torch.Tensor:
+    """y = r + gamma (1 - terminal) V(s') for rows i (B,) -> (B,)."""
+    following = (i + 1).clamp(max=len(data.reward) - 1)
+    return data.reward[i] + GAMMA * ~data.terminal[i] * value(data.obs[following]).squeeze(0)
+
+
 def value_loss(value: nn.Module, target_critic: DoubleQ, data: Transitions, i: torch.Tensor) -> torch.Tensor:
     """IQL's L_V = mean |0.8 - 1{u < 0}| u^2 with u = min_m Q'_m(s, a) - V(s), at rows i."""
     with torch.no_grad():
         q = target_critic(data.obs[i], data.act[i]).amin(dim=0)
-    u = q - value(data.obs[i]).squeeze(-1)
+    u = q - value(data.obs[i]).squeeze(0)
     return ((EXPECTILE - (u < 0).float()).abs() * u**2).mean()
 
 
@@ -167,6 +212,51 @@ def td_loss(critic: DoubleQ, data: Transitions, i: torch.Tensor, y: torch.Tensor
     """MSE(Q_1, y) + MSE(Q_2, y) at rows i, and the mean of Q_1."""
     q = critic(data.obs[i], data.act[i])
     return ((q - y) ** 2).mean(dim=1).sum(), q[0].detach().mean()
+
+
+class Pretraining:
+    """The networks of stage 1, and one gradient step, in which nothing waits for the device."""
+
+    metrics = ["q_loss", "q_mean", "v_loss"]
+
+    def __init__(self, task: "Task", data: Transitions, cfg: dict, compile: bool = False):
+        """cfg as resolve() makes it. Sets torch's global seed."""
+        self.data, self.cfg, device = data, cfg, data.obs.device
+        torch.manual_seed(cfg["seed"])
+        self.generator = torch.Generator(device).manual_seed(cfg["seed"])
+        self.critic = DoubleQ(task.obs_dim, task.act_dim, cfg["critic_width"]).to(device)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.value = MLP(1, task.obs_dim, cfg["critic_width"]).to(device)  # V(s), used by IQL only
+        trained = [*self.critic.parameters(), *(self.value.parameters() if cfg["method"] == "iql" else ())]
+        self.opt = torch.optim.Adam(trained, lr=cfg["lr"], fused=True, capturable=device.type == "cuda")
+        self.parts = dict(critic=self.critic, target_critic=self.target_critic, value=self.value, opt=self.opt)
+        nets = (self.critic, self.target_critic, self.value)
+        self.nets = [torch.compile(net) if compile else net for net in nets]  # share the weights
+
+    def step(self, regress: bool, move_target: bool) -> torch.Tensor:
+        """One gradient step, on discounted returns or by the method; returns the values of `metrics` (3,), on the device."""
+        critic, target_critic, value = self.nets
+        data, device = self.data, self.data.obs.device
+        i = data.train[
+            torch.randint(len(data.train), (self.cfg["batch_size"],), generator=self.generator, device=device)
+        ]
+        v_loss = torch.zeros((), device=device)
+        with torch.no_grad():
+            if regress:
+                y = return_target(target_critic, data, i)
+            elif self.cfg["method"] == "sarsa":
+                y = sarsa_target(target_critic, data, i)
+            else:
+                y = iql_target(value, data, i)
+        if self.cfg["method"] == "iql":
+            v_loss = value_loss(value, target_critic, data, i)
+        q_loss, q_mean = td_loss(critic, data, i, y)
+        self.opt.zero_grad()
+        (q_loss + v_loss).backward()
+        self.opt.step()
+        if move_target:
+            ema_update(self.target_critic, self.critic, self.cfg["tau"])
+        return torch.stack([q_loss.detach(), q_mean, v_loss.detach()])
 
 
 @torch.no_grad()
@@ -215,15 +305,10 @@ def rank_correlation(x, y) -> float | None:
 # ======== end of shared: correlation ========
 
 
-def iql_target(value: nn.Module, data: Transitions, i: torch.Tensor) -> torch.Tensor:
-    """y = r + gamma (1 - terminal) V(s') for rows i (B,) -> (B,)."""
-    following = (i + 1).clamp(max=len(data.reward) - 1)
-    return data.reward[i] + GAMMA * ~data.terminal[i] * value(data.obs[following]).squeeze(-1)
-
-
 def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)
     args = parse_args()
+    keep_freed_memory()
     task, device = parse_env(args.env), pick_device(args.device)
     check_seed(args.seed)
     cfg = resolve(args, task)
@@ -246,50 +331,31 @@ def main() -> None:
         print(f"warning: clipped {dataset.clipped:,} actions to [-1, 1]", file=sys.stderr)
     if cfg["warm_start_steps"]:
         print(f"the first {cfg['warm_start_steps']:,} steps regress on discounted returns-to-go, unlike the paper's")
-    torch.manual_seed(args.seed)
-    critic = DoubleQ(task.obs_dim, task.act_dim, cfg["critic_width"]).to(device)
-    target_critic = copy.deepcopy(critic).requires_grad_(False)
-    value = mlp(task.obs_dim, cfg["critic_width"]).to(device)  # V(s), used by IQL only
-    opt = torch.optim.Adam(
-        [*critic.parameters(), *(value.parameters() if cfg["method"] == "iql" else ())], lr=cfg["lr"]
-    )
-    parts = dict(critic=critic, target_critic=target_critic, value=value, opt=opt)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    meters = Meters(["q_loss", "q_mean", "v_loss"], device)
+    learner = Pretraining(task, data, cfg, args.compile)
+    train_step = learner.step
+    if args.compile:
+        print("compiling: the first step takes a minute or more (--no-compile starts at once)")
+    if args.compile and device.type == "cuda":
+        train_step = CudaGraph(learner.step, learner.generator)
+    meters = Meters(learner.metrics, device)
     step = 0
     if state := check_same_run(folder, "resume.pt", "pretrain_q", cfg, dataset.hash):
         step = state["step"]
-        restore(state, parts, meters, generator)
+        restore(state, learner.parts, meters, learner.generator)
     metrics = MetricsLog(folder / "metrics.csv", ["step", *meters.names], step)
 
     def save() -> None:
         meters.check(bar, folder, "--lr")  # never overwrite a good checkpoint with a bad one
-        save_resume(folder, "pretrain_q", cfg, dataset.summary(), parts, meters, generator, dict(step=step))
+        save_resume(
+            folder, "pretrain_q", cfg, dataset.summary(), learner.parts, meters, learner.generator, dict(step=step)
+        )
 
     stop, saved = StopSignal(), time.monotonic()
     bar = tqdm(
         total=cfg["total_steps"], initial=step, unit="step", desc=f"critic ({cfg['method']})", dynamic_ncols=True
     )
     while step < cfg["total_steps"] and not stop.requested:
-        i = data.train[torch.randint(len(data.train), (cfg["batch_size"],), generator=generator, device=device)]
-        v_loss = torch.zeros((), device=device)
-        with torch.no_grad():
-            if step < cfg["warm_start_steps"]:
-                y = return_target(target_critic, data, i)
-            elif cfg["method"] == "sarsa":
-                y = sarsa_target(target_critic, data, i)
-            else:
-                y = iql_target(value, data, i)
-        if cfg["method"] == "iql":
-            v_loss = value_loss(value, target_critic, data, i)
-        q_loss, q_mean = td_loss(critic, data, i, y)
-        opt.zero_grad()
-        (q_loss + v_loss).backward()
-        opt.step()
-        if step % TARGET_EVERY == 0:
-            ema_update(target_critic, critic, cfg["tau"])
-
-        meters.add(torch.stack([q_loss.detach(), q_mean, v_loss.detach()]), step)
+        meters.add(train_step(step < cfg["warm_start_steps"], step % TARGET_EVERY == 0), step)
         step += 1
         bar.update()
         if step % LOG_EVERY == 0 or step == cfg["total_steps"]:
@@ -309,10 +375,10 @@ def main() -> None:
     if step < cfg["total_steps"]:
         print(f"stopped at step {step:,} of {cfg['total_steps']:,}; the same command continues from there")
         sys.exit(130)
-    result = report(critic, target_critic, value, data, cfg)
+    result = report(learner.critic, learner.target_critic, learner.value, data, cfg)
     save_checkpoint(folder / "critic.pt", dict(
         stage="pretrain_q", format=FORMAT, env=args.env, config=cfg, step=step, data=dataset.summary(),
-        obs_mean=dataset.obs_mean, obs_std=dataset.obs_std, critic=critic.state_dict(), report=result,
+        obs_mean=dataset.obs_mean, obs_std=dataset.obs_std, critic=learner.critic.state_dict(), report=result,
     ))  # fmt: skip
     (folder / "report.json").write_text(
         json.dumps({"env": args.env, "data": dataset.summary(), "config": cfg, **result}, indent=2) + "\n"
@@ -329,7 +395,7 @@ def main() -> None:
 
 # ======== shared: setup (the same text in collect_dataset.py, pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
 
-FORMAT = 1  # of the checkpoint files
+FORMAT = 2  # of the checkpoint files
 HORIZON = 1000  # steps after which Gymnasium and D4RL cut an episode
 
 
@@ -444,6 +510,14 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: torch finds no CUDA device here; use --device cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def keep_freed_memory() -> None:
+    """Have glibc reuse freed memory: it returns large blocks to the kernel, and every step would fault them in again."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        libc.mallopt(m_mmap_threshold, 2**30)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def tensor_hash(tensors) -> str:
@@ -734,21 +808,59 @@ class MetricsLog:
 
 # ======== end of shared: run ========
 
+# ======== shared: graph (the same text in pretrain_q.py, train_qalign_dt.py) ========
+
+
+class CudaGraph:
+    """Calls `step` as one CUDA graph: a hundred kernels a step then cost the host one launch.
+
+    All that changes between two calls must be in tensors that are changed in place; an argument is part of what is
+    recorded, one graph for each. The first three calls with an argument run as they are, on a stream of their own, as
+    torch asks for; the fourth records. The result is overwritten by the next call.
+    """
+
+    def __init__(self, step, generator: torch.Generator):
+        self.step, self.generator, self.stream = step, generator, torch.cuda.Stream()
+        self.calls, self.graphs, self.results = {}, {}, {}
+
+    def __call__(self, *args):
+        self.calls[args] = self.calls.get(args, 0) + 1
+        if self.calls[args] <= 3:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                result = self.step(*args)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return result
+        if args not in self.graphs:
+            graph = torch.cuda.CUDAGraph()
+            graph.register_generator_state(self.generator)  # torch's own one is registered already
+            with torch.cuda.graph(graph):
+                self.results[args] = self.step(*args)
+            self.graphs[args] = graph
+        self.graphs[args].replay()
+        return self.results[args]
+
+
+# ======== end of shared: graph ========
+
 
 def parse_args() -> Args:
     """The command line, with the defaults of its --env. --help shows them."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--env", nargs="?", default=Args.env)
-    task = parse_env(parser.parse_known_args()[0].env or "")
+    parser.add_argument("--device", nargs="?")
+    given, _ = parser.parse_known_args()
+    task = parse_env(given.env or "")
     preset = MINI if task.quality == "mini" else {}
-    return tyro.cli(Args, default=replace(Args(env=task.name), **preset), description=__doc__)
+    compile = given.device != "cpu" and torch.cuda.is_available()
+    return tyro.cli(Args, default=replace(Args(env=task.name, compile=compile), **preset), description=__doc__)
 
 
 def resolve(args: Args, task: Task) -> dict:
     """The configuration that defines a run and that checkpoints store; exits 2 on a value that cannot work."""
     cfg = asdict(args)
-    for name in ("dataset_path", "runs_dir", "checkpoint_minutes"):
-        cfg.pop(name)  # where things are and how often they are saved do not define a run
+    for name in ("dataset_path", "runs_dir", "checkpoint_minutes", "compile"):
+        cfg.pop(name)  # where things are, how often they are saved and how fast they are do not define a run
     for name in ("total_steps", "batch_size", "critic_width"):
         if cfg[name] < 1:
             fail(f"--{name.replace('_', '-')} {cfg[name]}: must be at least 1")

@@ -8,10 +8,10 @@ policy_best.pt (best periodic evaluation), resume.pt, metrics.csv, evaluations.c
     critic_loss   Eq. 7   the critic regresses on what the target policy answers to a request raised by Delta_RTG
     actor_loss    Eq. 5   asking for more (less) return by a random delta must not lower (raise) Q
                   Eq. 6   ... beside the supervised loss on states and actions, weighted by lambda_e
-    main                  Algorithm 1
+    CoTraining.step       Algorithm 1
 
 Equations, tables and appendices are those of "Return-to-Go Is More Than a Number" (ICML 2026). Order of the file:
-Args, policy, critic, windows, losses, main; then the blocks that this file shares with the other stages.
+Args, policy, critic, windows, losses, one step of the co-training, main; then the blocks that this file shares with the other stages.
 """
 
 import argparse
@@ -63,7 +63,9 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train; auto takes CUDA if there is one"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """the transformer's arithmetic; auto: bfloat16 on CUDA and on CPUs with AMX. The critic is always float32"""
+    """the transformer's arithmetic; auto: bfloat16 where the hardware has it. The critic is always float32"""
+    compile: bool = False
+    """torch.compile the networks and, on CUDA, replay a step as one CUDA graph (default: on for CUDA, off on CPU)"""
     critic: str = ""
     """stage 1's critic.pt (default: the one of this env and seed, trained first if it is missing)"""
     critic_steps: int | None = None
@@ -145,6 +147,18 @@ GAMMA, L2, MAX_GRAD_NORM, LOG_EVERY = 0.99, 1e-4, 15.0, 100
 # ======== shared: policy (the same text in train_qalign_dt.py, evaluate_alignment.py) ========
 
 
+class Dropout(nn.Dropout):
+    """nn.Dropout. On a CPU torch draws 64 random bits for an element; 16 are enough, and take a third of the time."""
+
+    def forward(self, x):
+        if not self.training or x.is_cuda or torch.compiler.is_compiling():
+            return super().forward(x)
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        dropped = round(2**16 * self.p)  # of 65,536 values
+        keep = bits[: x.numel()].view(x.shape) >= dropped - 2**15
+        return x * (keep.to(x.dtype) / (1 - dropped / 2**16))
+
+
 class CausalConv(nn.Module):
     """Convolution over the token axis, window 6, left-padded by 5 zeros, one each for q, k and v (App. D.1)."""
 
@@ -153,8 +167,13 @@ class CausalConv(nn.Module):
         self.window = window
         self.conv = nn.Conv1d(3 * width, 3 * width, window, groups=3)
 
-    def forward(self, x):  # (B, T, 3D) -> (B, T, 3D)
-        return self.conv(F.pad(x.transpose(1, 2), (self.window - 1, 0))).transpose(1, 2)
+    def forward(self, qkv, last: int):  # (B, T, 3D) -> q of the last tokens (B, last, D), k and v (B, T, D)
+        # (B, 3D, 1, T + 5) in memory is channels-last, the layout for which convolution libraries are fastest
+        x = F.pad(qkv, (0, 0, self.window - 1, 0)).transpose(1, 2).unsqueeze(2)
+        q, k, v = x.chunk(3, dim=1)
+        q = q[..., qkv.shape[1] - last :]
+        weights, biases = self.conv.weight.unsqueeze(2).chunk(3), self.conv.bias.chunk(3)
+        return [F.conv2d(*part).squeeze(2).transpose(1, 2) for part in zip((q, k, v), weights, biases)]
 
 
 class Block(nn.Module):
@@ -162,25 +181,26 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, conv: bool, dropout: float):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads, self.dropout = heads, Dropout(dropout)
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.conv = CausalConv(width) if conv else nn.Identity()
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
-        )
+        self.conv = CausalConv(width) if conv else None
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), Dropout(dropout))
 
-    def attend(self, x, keep, mask):  # (B, T, D), (B, T, 1), (B, 1, T, T) -> (B, T, D)
-        B, T, D = x.shape
+    def attend(self, x, keep, bias, last: int):  # (B, T, D), (B, T, 1), (B, 1, T, T) -> (B, last, D)
         # Padding must not leak: W_q, W_k, W_v have biases, so padded tokens are zeroed again before the convolution,
         # which then sees the same zeros to the left of a short window as it would without any padding.
-        qkv = self.conv(self.qkv(x) * keep)
-        q, k, v = (y.view(B, T, self.heads, D // self.heads).transpose(1, 2) for y in qkv.split(D, dim=-1))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
-        return F.dropout(self.out(y.transpose(1, 2).reshape(B, T, D)), self.dropout, self.training)
+        qkv = self.qkv(x) * keep
+        q, k, v = self.conv(qkv, last) if self.conv else qkv.chunk(3, dim=-1)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q[:, -last:], k, v))  # (B, H, T, D / H)
+        # written out: with dropout and 60 tokens, faster than scaled_dot_product_attention
+        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        weights = torch.softmax(logits.add_(bias[..., -last:, :]), dim=-1)
+        y = self.dropout(weights) @ v
+        return self.dropout(self.out(y.transpose(1, 2).flatten(-2)))
 
-    def forward(self, x, keep, mask):
-        x = x + self.attend(self.norm1(x), keep, mask)
+    def forward(self, x, keep, bias, last: int):
+        x = x[:, -last:] + self.attend(self.norm1(x), keep, bias, last)
         return x + self.mlp(self.norm2(x))
 
 
@@ -195,7 +215,7 @@ class Policy(nn.Module):
 
     def __init__(self, obs_dim, act_dim, embed_dim, n_layer, n_head, max_timestep, conv=True, dropout=0.1, bf16=False):
         super().__init__()
-        self.bf16, self.dropout = bf16, dropout
+        self.bf16, self.dropout = bf16, Dropout(dropout)
         self.embed_rtg, self.embed_obs, self.embed_act = (nn.Linear(n, embed_dim) for n in (1, obs_dim, act_dim))
         self.embed_time = nn.Embedding(max_timestep, embed_dim)
         self.norm_in, self.norm_out = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
@@ -208,22 +228,31 @@ class Policy(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, rtg, obs, act, timestep, valid):
-        B, K = rtg.shape
-        T = 3 * K
+        x = self.hidden(rtg, obs, act, timestep, valid, last=3 * rtg.shape[1]).unflatten(1, (-1, 3))  # (B, K, 3, D)
+        return torch.tanh(self.action_head(x[:, :, 1])), self.state_head(x[:, :, 0])
+
+    def act(self, rtg, obs, act, timestep, valid):
+        """Only a_hat of the windows' last step (B, act_dim), for rollouts: the last block computes nothing else."""
+        s_t, _ = self.hidden(rtg, obs, act, timestep, valid, last=2).unbind(dim=1)
+        return torch.tanh(self.action_head(s_t))
+
+    def hidden(self, rtg, obs, act, timestep, valid, last: int):  # -> (B, last, D) float32, of the last tokens
+        T, device = 3 * rtg.shape[1], rtg.device
         keep = valid.repeat_interleave(3, dim=1)  # (B, T)
-        causal = torch.ones(T, T, dtype=torch.bool, device=rtg.device).tril()
+        causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
         # a padded query looks at itself, so that no row of the softmax is empty; no valid query looks at padding
-        mask = causal & (keep[:, None, None, :] | torch.eye(T, dtype=torch.bool, device=rtg.device))  # (B, 1, T, T)
-        with torch.autocast(rtg.device.type, torch.bfloat16, enabled=self.bf16):
+        mask = causal & (keep[:, None, None, :] | torch.eye(T, dtype=torch.bool, device=device))  # (B, 1, T, T)
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        bias = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, -math.inf)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             time = self.embed_time(timestep)
             tokens = (self.embed_rtg(rtg[..., None]) + time, self.embed_obs(obs) + time, self.embed_act(act) + time)
-            x = self.norm_in(torch.stack(tokens, dim=2).view(B, T, -1))  # rtg_0, s_0, a_0, rtg_1, ...
-            x = F.dropout(x, self.dropout, self.training)
-            for block in self.blocks:
-                x = block(x, keep[..., None], mask)
+            x = self.norm_in(torch.stack(tokens, dim=2).flatten(1, 2))  # rtg_0, s_0, a_0, rtg_1, ...
+            x = self.dropout(x)
+            for i, block in enumerate(self.blocks, 1):
+                x = block(x, keep[..., None], bias, last if i == len(self.blocks) else T)
         # the heads run in float32: Eq. 5 looks at small differences between actions
-        x = self.norm_out(x.float()).view(B, K, 3, -1)
-        return torch.tanh(self.action_head(x[:, :, 1])), self.state_head(x[:, :, 0])
+        return self.norm_out(x.float())
 
 
 def make_policy(task: "Task", cfg: dict, bf16: bool) -> Policy:
@@ -241,11 +270,12 @@ def make_policy(task: "Task", cfg: dict, bf16: bool) -> Policy:
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:
-    """`auto` is bfloat16 where matrix units take it: on CUDA and on CPUs with AMX."""
+    """`auto` is bfloat16 where the hardware multiplies it: on CUDA and on CPUs with AMX or AVX-512's bf16."""
     if precision == "auto" and device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "auto":
-        return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()
+        return cpu.get("amx_bf16", False) or cpu.get("avx512_bf16", False)
     return precision == "bf16"
 
 
@@ -254,27 +284,60 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 # ======== shared: critic (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
 
 
-class DoubleQ(nn.Module):
-    """Two independent Q networks: three hidden layers (App. D.1), Mish (release), linear output.
+class Mish(torch.autograd.Function):
+    """Mish(x) = x tanh(softplus(x)), with s = sigmoid(x), m = s (2 - s): x m / (2 - m). On a CPU 3 times torch's speed."""
+
+    @staticmethod
+    def forward(ctx, x):
+        s = torch.sigmoid(x)
+        m = s * (2 - s)
+        r = (2 - m).reciprocal_()
+        t = m.mul_(r)  # tanh(softplus(x)), whose derivative is s (2 (1 - s) r)^2
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(torch.addcmul(t, x, (1 - s).mul_(r).mul_(2).square_().mul_(s)))
+        return x * t
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0]
+
+
+class MLP(nn.Module):
+    """n independent networks, computed side by side: three hidden layers (App. D.1), Mish (release), linear output.
+
+    Call with x (..., inputs); returns (n, ...).
+    """
+
+    def __init__(self, n: int, inputs: int, width: int):
+        super().__init__()
+        sizes = [(inputs, width), (width, width), (width, width), (width, 1)]
+        uniform = [(torch.empty(n, i, o), torch.empty(n, 1, o), i**-0.5) for i, o in sizes]  # as in nn.Linear
+        self.weights = nn.ParameterList(weight.uniform_(-bound, bound) for weight, _, bound in uniform)
+        self.biases = nn.ParameterList(bias.uniform_(-bound, bound) for _, bias, bound in uniform)
+
+    def forward(self, x):
+        rows = x.shape[:-1]
+        x = x.reshape(-1, x.shape[-1]).expand(len(self.weights[0]), -1, -1)
+        own = not (x.is_cuda or torch.compiler.is_compiling())  # a compiler, or CUDA, makes one kernel of torch's Mish
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
+            x = torch.baddbmm(bias, x, weight)
+            if i < len(self.weights) - 1:
+                x = Mish.apply(x) if own else F.mish(x)
+        return x.view(-1, *rows)
+
+
+class DoubleQ(MLP):
+    """Two independent Q networks.
 
     Call with obs (..., obs_dim) standardised and act (..., act_dim); returns (2, ...): raw return, gamma 0.99.
     Always float32 with TF32 off: the alignment signal is the sign of a small difference of two large numbers.
     """
 
     def __init__(self, obs_dim: int, act_dim: int, width: int):
-        super().__init__()
-        self.q1, self.q2 = mlp(obs_dim + act_dim, width), mlp(obs_dim + act_dim, width)
+        super().__init__(2, obs_dim + act_dim, width)
 
     def forward(self, obs, act):
-        x = torch.cat([obs, act], dim=-1)
-        return torch.stack([self.q1(x), self.q2(x)]).squeeze(-1)
-
-
-def mlp(inputs: int, width: int) -> nn.Sequential:
-    layers = []
-    for n in (inputs, width, width):
-        layers += [nn.Linear(n, width), nn.Mish()]
-    return nn.Sequential(*layers, nn.Linear(width, 1))
+        return super().forward(torch.cat([obs, act], dim=-1))
 
 
 # ======== end of shared: critic ========
@@ -298,7 +361,9 @@ class Windows:
     def __init__(self, data: "Dataset", task: "Task", context_len: int, device: torch.device):
         ends = np.repeat(data.ends, data.lengths)  # (N,) where the episode of each transition ends (exclusive)
         self.K = context_len
-        self.obs = (torch.as_tensor(data.observations).to(device) - data.obs_mean.to(device)) / data.obs_std.to(device)
+        self.obs = (torch.as_tensor(data.observations).to(device) - data.obs_mean.to(device)).div_(
+            data.obs_std.to(device)
+        )
         self.act = torch.as_tensor(data.actions).to(device)
         self.rtg = torch.as_tensor(data.returns_to_go() / task.rtg_scale, dtype=torch.float32).to(device)
         self.reward = torch.as_tensor(data.rewards).to(device) + task.critic_reward_shift
@@ -413,39 +478,98 @@ def actor_loss(policy, critic, batch: Batch, cfg: dict, generator: torch.Generat
     return loss, action_loss.detach(), state_loss.detach(), align.detach(), violated, masked_mean(q[0], batch.valid)
 
 
+def adam(net: nn.Module, weight_decay: float = 0.0) -> torch.optim.Adam:
+    """Adam whose learning rate is a tensor, which a replayed CUDA graph reads anew at every step."""
+    device = next(net.parameters()).device
+    lr = torch.zeros((), device=device)
+    return torch.optim.Adam(
+        net.parameters(), lr, weight_decay=weight_decay, fused=True, capturable=device.type == "cuda"
+    )
+
+
 def set_lr(opt: torch.optim.Optimizer, lr: float) -> None:
     for group in opt.param_groups:
-        group["lr"] = lr
+        group["lr"] = group["lr"].to(group["params"][0].device)  # a checkpoint's comes on the CPU
+        group["lr"].fill_(lr)
+
+
+class CoTraining:
+    """All that Algorithm 1 updates, and one step of it, in which nothing waits for the device."""
+
+    metrics = "loss action_loss state_loss align_loss violated q_mean actor_grad_norm q_loss critic_grad_norm".split()
+
+    def __init__(self, task: "Task", windows: Windows, cfg: dict, critic_weights: dict | None = None, compile=False):
+        """cfg as resolve() makes it; without critic_weights the critic is random. Sets torch's global seed."""
+        self.windows, self.cfg, device = windows, cfg, windows.rtg.device
+        self.aligned, self.update_q = cfg["lambda_e"] > 0, cfg.get("update_q", False)
+        torch.manual_seed(cfg["seed"])  # of the weights and of dropout
+        self.generator = torch.Generator(device).manual_seed(cfg["seed"])  # windows, deltas and noise
+        self.policy = make_policy(task, cfg, cfg["precision"] == "bf16").to(device)
+        self.actor_opt = adam(self.policy, L2)
+        self.parts = dict(policy=self.policy, actor_opt=self.actor_opt)  # all that a resumed run needs
+        self.critic = self.target_critic = self.target_policy = None
+        if self.aligned:
+            self.critic = DoubleQ(task.obs_dim, task.act_dim, cfg["critic_width"]).to(device)
+            if critic_weights:
+                self.critic.load_state_dict(critic_weights)
+            self.critic_opt = adam(self.critic)
+            self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+            self.target_policy = copy.deepcopy(self.policy).requires_grad_(False).eval()  # no dropout in targets
+            self.parts |= dict(target_policy=self.target_policy, critic=self.critic)
+            self.parts |= dict(target_critic=self.target_critic, critic_opt=self.critic_opt)
+        nets = (self.policy, self.critic, self.target_policy, self.target_critic)
+        self.nets = [torch.compile(net) if compile and net else net for net in nets]  # share the weights
+
+    def schedule(self, step: int) -> float:
+        """Set both learning rates for this step; returns the actor's. They fall to 0 along a cosine."""
+        factor = 0.5 * (1 + math.cos(math.pi * step / self.cfg["total_steps"]))
+        set_lr(self.actor_opt, self.cfg["actor_lr"] * factor)
+        if self.update_q:
+            set_lr(self.critic_opt, self.cfg["critic_lr"] * factor)
+        return self.cfg["actor_lr"] * factor
+
+    def step(self) -> torch.Tensor:
+        """Algorithm 1, lines 3 to 11; returns the values of `metrics` (9,), on the device."""
+        policy, critic, target_policy, target_critic = self.nets
+        batch = self.windows.sample(self.cfg["batch_size"], self.generator)  # lines 3-4
+        q_metrics = torch.zeros(2, device=batch.rtg.device)
+        if self.update_q:  # lines 5-6
+            q_loss = critic_loss(critic, target_critic, target_policy, batch, self.cfg, self.generator)
+            self.critic_opt.zero_grad()
+            q_loss.backward()
+            q_norm = nn.utils.clip_grad_norm_(self.critic.parameters(), MAX_GRAD_NORM)
+            self.critic_opt.step()
+            q_metrics = torch.stack([q_loss.detach(), q_norm])
+        loss, *actor_metrics = actor_loss(policy, critic, batch, self.cfg, self.generator)  # lines 7-9
+        self.actor_opt.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.policy.parameters(), MAX_GRAD_NORM)
+        self.actor_opt.step()  # line 10
+        if self.update_q:  # line 11; with a fixed critic no target is ever used
+            ema_update(self.target_policy, self.policy, self.cfg["tau"])
+            ema_update(self.target_critic, self.critic, self.cfg["tau"])
+        return torch.cat([torch.stack([loss.detach(), *actor_metrics, norm]), q_metrics])
 
 
 def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)
     args = parse_args()
+    keep_freed_memory()
     task, device, data, cfg, folder, stage1, lock = prepare(args)  # refuses what cannot work before anything is made
-    aligned, update_q = cfg["lambda_e"] > 0, cfg.get("update_q", False)
-    torch.manual_seed(args.seed)
-    generator = torch.Generator(device).manual_seed(args.seed)  # windows, deltas and noise; dropout uses the global one
-
     windows = Windows(data, task, cfg["context_len"], device)
-    policy = make_policy(task, cfg, cfg["precision"] == "bf16").to(device)
-    actor_opt = torch.optim.Adam(policy.parameters(), lr=cfg["actor_lr"], weight_decay=L2)
-    parts = dict(policy=policy, actor_opt=actor_opt)  # all that a resumed run needs
-    if aligned:
-        critic = DoubleQ(task.obs_dim, task.act_dim, cfg["critic_width"]).to(device)
-        if stage1:  # else resume.pt has it
-            critic.load_state_dict(stage1["critic"])
-        critic_opt = torch.optim.Adam(critic.parameters(), lr=cfg["critic_lr"])
-        target_critic = copy.deepcopy(critic).requires_grad_(False)
-        target_policy = copy.deepcopy(policy).requires_grad_(False).eval()  # eval: no dropout in the critic's targets
-        parts |= dict(target_policy=target_policy, critic=critic, target_critic=target_critic, critic_opt=critic_opt)
-    names = "loss action_loss state_loss align_loss violated q_mean actor_grad_norm q_loss critic_grad_norm".split()
-    meters = Meters(names, device)
+    learner = CoTraining(task, windows, cfg, stage1 and stage1["critic"], args.compile)
+    train_step = learner.step
+    if args.compile:
+        print("compiling: the first step takes a minute or more (--no-compile starts at once)")
+    if args.compile and device.type == "cuda":
+        train_step = CudaGraph(learner.step, learner.generator)
+    meters = Meters(learner.metrics, device)
     step, evaluated, best = 0, -1, -math.inf  # gradient steps; last step evaluated at; best score there was
     if state := check_same_run(folder, "resume.pt", "train_qalign_dt", cfg, data.hash):
         step, evaluated, best = state["step"], state["evaluated"], state["best"]
-        restore(state, parts, meters, generator)
+        restore(state, learner.parts, meters, learner.generator)
     high_targets = task.high_targets if data.is_d4rl else tuple(float(data.returns.max()) * x for x in (1.0, 1.2))
-    metrics = MetricsLog(folder / "metrics.csv", ["step", *names, "actor_lr"], step)
+    metrics = MetricsLog(folder / "metrics.csv", ["step", *learner.metrics, "actor_lr"], step)
     columns = [f"score_at_{t:g}" for t in high_targets]
     evaluations = MetricsLog(folder / "evaluations.csv", ["step", *columns], evaluated)
 
@@ -453,13 +577,13 @@ def main() -> None:
         save_checkpoint(folder / name, dict(
             stage="train_qalign_dt", format=FORMAT, env=args.env, config=cfg, step=step, data=data.summary(),
             obs_mean=data.obs_mean, obs_std=data.obs_std, episode_returns=torch.as_tensor(data.returns),
-            policy=policy.state_dict(), critic=critic.state_dict() if aligned else None, **extra,
+            policy=learner.policy.state_dict(), critic=learner.critic and learner.critic.state_dict(), **extra,
         ))  # fmt: skip
 
     def save(finished: bool = False) -> None:
         meters.check(bar, folder, "--actor-lr or --lambda-e")  # never overwrite a good checkpoint with a bad one
         counters = dict(step=step, evaluated=evaluated, best=best)
-        save_resume(folder, "train_qalign_dt", cfg, data.summary(), parts, meters, generator, counters)
+        save_resume(folder, "train_qalign_dt", cfg, data.summary(), learner.parts, meters, learner.generator, counters)
         save_policy("policy.pt", finished=finished)
 
     stop, saved = StopSignal(), time.monotonic()
@@ -468,7 +592,7 @@ def main() -> None:
         due = cfg["eval_every"] and (step % cfg["eval_every"] == 0 or step == cfg["total_steps"])
         if due and evaluated < step and task.env_id:
             save()  # an evaluation can take minutes
-            scores = evaluate(policy, task, high_targets, cfg, data, args.seed, stop)
+            scores = evaluate(learner.policy, task, high_targets, cfg, data, args.seed, stop)
             if scores is None:
                 break
             evaluated = step
@@ -480,37 +604,15 @@ def main() -> None:
             bar.write(f"step {step:,}: score {text}")
         if step == cfg["total_steps"] or stop.requested:
             break
-        lr_factor = 0.5 * (1 + math.cos(math.pi * step / cfg["total_steps"]))
-        set_lr(actor_opt, cfg["actor_lr"] * lr_factor)
-
-        # ---- Algorithm 1, one step ----
-        batch = windows.sample(cfg["batch_size"], generator)  # lines 3-4
-        q_metrics = torch.zeros(2, device=device)
-        if update_q:  # lines 5-6
-            set_lr(critic_opt, cfg["critic_lr"] * lr_factor)
-            q_loss = critic_loss(critic, target_critic, target_policy, batch, cfg, generator)
-            critic_opt.zero_grad()
-            q_loss.backward()
-            q_norm = nn.utils.clip_grad_norm_(critic.parameters(), MAX_GRAD_NORM)
-            critic_opt.step()
-            q_metrics = torch.stack([q_loss.detach(), q_norm])
-        loss, *actor_metrics = actor_loss(policy, critic if aligned else None, batch, cfg, generator)  # lines 7-9
-        actor_opt.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
-        actor_opt.step()  # line 10
-        if update_q:  # line 11; with a fixed critic no target is ever used
-            ema_update(target_policy, policy, cfg["tau"])
-            ema_update(target_critic, critic, cfg["tau"])
-
-        meters.add(torch.cat([torch.stack([loss.detach(), *actor_metrics, norm]), q_metrics]), step)
+        actor_lr = learner.schedule(step)
+        meters.add(train_step(), step)
         step += 1
         bar.update()
         if step % LOG_EVERY == 0 or step == cfg["total_steps"]:
             meters.check(bar, folder, "--actor-lr or --lambda-e")
             row = meters.means()
-            metrics.write({"step": step, **row, "actor_lr": cfg["actor_lr"] * lr_factor})
-            shown = ("action_loss", "state_loss", *(("align_loss", "violated", "q_mean", "q_loss") if aligned else ()))
+            metrics.write({"step": step, **row, "actor_lr": actor_lr})
+            shown = ("action_loss", "state_loss") + ("align_loss", "violated", "q_mean", "q_loss") * learner.aligned
             bar.set_postfix_str(" ".join(f"{name} {row[name]:.3g}" for name in shown))
         if time.monotonic() - saved > args.checkpoint_minutes * 60:
             save()
@@ -530,7 +632,7 @@ def main() -> None:
 
 # ======== shared: setup (the same text in collect_dataset.py, pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
 
-FORMAT = 1  # of the checkpoint files
+FORMAT = 2  # of the checkpoint files
 HORIZON = 1000  # steps after which Gymnasium and D4RL cut an episode
 
 
@@ -645,6 +747,14 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: torch finds no CUDA device here; use --device cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def keep_freed_memory() -> None:
+    """Have glibc reuse freed memory: it returns large blocks to the kernel, and every step would fault them in again."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        libc.mallopt(m_mmap_threshold, 2**30)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def tensor_hash(tensors) -> str:
@@ -935,6 +1045,41 @@ class MetricsLog:
 
 # ======== end of shared: run ========
 
+# ======== shared: graph (the same text in pretrain_q.py, train_qalign_dt.py) ========
+
+
+class CudaGraph:
+    """Calls `step` as one CUDA graph: a hundred kernels a step then cost the host one launch.
+
+    All that changes between two calls must be in tensors that are changed in place; an argument is part of what is
+    recorded, one graph for each. The first three calls with an argument run as they are, on a stream of their own, as
+    torch asks for; the fourth records. The result is overwritten by the next call.
+    """
+
+    def __init__(self, step, generator: torch.Generator):
+        self.step, self.generator, self.stream = step, generator, torch.cuda.Stream()
+        self.calls, self.graphs, self.results = {}, {}, {}
+
+    def __call__(self, *args):
+        self.calls[args] = self.calls.get(args, 0) + 1
+        if self.calls[args] <= 3:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                result = self.step(*args)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return result
+        if args not in self.graphs:
+            graph = torch.cuda.CUDAGraph()
+            graph.register_generator_state(self.generator)  # torch's own one is registered already
+            with torch.cuda.graph(graph):
+                self.results[args] = self.step(*args)
+            self.graphs[args] = graph
+        self.graphs[args].replay()
+        return self.results[args]
+
+
+# ======== end of shared: graph ========
+
 # ======== shared: simulator (the same text in collect_dataset.py, train_qalign_dt.py, evaluate_alignment.py) ========
 
 BODY_IDS = {"Hopper-v4": "hopper", "HalfCheetah-v4": "halfcheetah", "Walker2d-v4": "walker2d", "Ant-v4": "ant"}
@@ -962,6 +1107,7 @@ class Simulator:
         self.env = env = make_env(env_id)
         self.body, self.model, self.frame_skip, self.dt = BODY_IDS[env_id], env.model, env.frame_skip, env.dt
         self.sims = [None] * len(seeds)
+        self.qpos, self.qvel = np.zeros((len(seeds), self.model.nq)), np.zeros((len(seeds), self.model.nv))
         self.reset(range(len(seeds)), seeds)
         self.threads = torch.get_num_threads()
         self.pool = ThreadPoolExecutor(self.threads)
@@ -971,6 +1117,7 @@ class Simulator:
         for i, seed in zip(index, seeds):
             self.env.reset(seed=int(seed))
             self.sims[i] = copy.copy(self.env.data)  # MjData copies itself whole
+            self.qpos[i], self.qvel[i] = self.sims[i].qpos, self.sims[i].qvel
 
     def close(self) -> None:
         self.pool.shutdown()
@@ -978,8 +1125,7 @@ class Simulator:
 
     def observe(self, index) -> np.ndarray:
         """(m, obs_dim) float64: the observations of some of the simulations."""
-        qpos = np.stack([self.sims[i].qpos for i in index])
-        qvel = np.stack([self.sims[i].qvel for i in index])
+        qpos, qvel = self.qpos[index], self.qvel[index]
         if self.body == "ant":
             return np.concatenate([qpos[:, 2:], qvel, np.zeros((len(qpos), 111 - 27))], axis=1)
         return np.concatenate([qpos[:, 1:], qvel if self.body == "halfcheetah" else qvel.clip(-10, 10)], axis=1)
@@ -989,12 +1135,14 @@ class Simulator:
         if self.body == "ant":  # Gymnasium reads the torso's frame, which MuJoCo computed before its last substep
             torso = self.model.body("torso").id
             return np.array([self.sims[i].xpos[torso, 0] for i in index])
-        return np.array([self.sims[i].qpos[0] for i in index])
+        return self.qpos[index, 0]
 
     def advance(self, index, actions) -> None:
         for i, action in zip(index, actions):
-            self.sims[i].ctrl[:] = action
-            mujoco.mj_step(self.model, self.sims[i], self.frame_skip)
+            sim = self.sims[i]
+            sim.ctrl[:] = action
+            mujoco.mj_step(self.model, sim, self.frame_skip)
+            self.qpos[i], self.qvel[i] = sim.qpos, sim.qvel
 
     def step(self, index, actions):
         """One env.step of the simulations `index` (m,), given actions (m, act_dim).
@@ -1006,8 +1154,8 @@ class Simulator:
         list(self.pool.map(self.advance, np.array_split(index, n), np.array_split(actions, n)))
         velocity = (self.x_position(index) - before) / self.dt
         effort = np.square(actions).sum(axis=1)
-        z, angle = (np.array([self.sims[i].qpos[k] for i in index]) for k in (1, 2))
-        state = np.stack([np.concatenate([self.sims[i].qpos, self.sims[i].qvel]) for i in index])
+        state = np.concatenate([self.qpos[index], self.qvel[index]], axis=1)
+        z, angle = state[:, 1], state[:, 2]
         if self.body == "halfcheetah":
             reward, healthy = velocity - 0.1 * effort, np.ones(len(index), bool)
         elif self.body == "hopper":
@@ -1064,9 +1212,9 @@ def rollout(
         remaining = (np.asarray(targets, dtype=np.float64)[alive] - returns[alive]) / task.rtg_scale
         rtg[rows, now] = torch.as_tensor(remaining, dtype=torch.float32, device=device)
         times = timestep[window].expand(len(alive), K)
-        a_hat, _ = policy(rtg[rows, window], obs[rows, window], act[rows, window], times.clamp(min=0), times >= 0)
-        act[rows, now] = a_hat[:, -1]
-        observation, reward, terminated, v = simulator.step(alive, a_hat[:, -1].cpu().numpy().astype(np.float64))
+        action = policy.act(rtg[rows, window], obs[rows, window], act[rows, window], times.clamp(min=0), times >= 0)
+        act[rows, now] = action
+        observation, reward, terminated, v = simulator.step(alive, action.cpu().numpy().astype(np.float64))
         returns[alive] += reward
         velocity[alive] += v
         lengths[alive] += 1
@@ -1090,13 +1238,16 @@ def parse_args() -> Args:
     """The command line, with the defaults of its --env: Table D.8's row, or hopper-mini's preset. --help shows them."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--env", nargs="?", default=Args.env)
-    task = parse_env(parser.parse_known_args()[0].env or "")
+    parser.add_argument("--device", nargs="?")
+    given, _ = parser.parse_known_args()
+    task = parse_env(given.env or "")
     if task.quality == "mini":
         preset = MINI
     else:
         row = f"{SAME_ROW.get(task.body, task.body)}-{SAME_ROW.get(task.quality, task.quality)}"
         preset = dict(zip(("sigma_e", "lambda_e", "delta_rtg"), TABLE_D8["antmaze" if task.body == "antmaze" else row]))
-    return tyro.cli(Args, default=replace(Args(env=task.name), **preset), description=__doc__)
+    compile = given.device != "cpu" and torch.cuda.is_available()
+    return tyro.cli(Args, default=replace(Args(env=task.name, compile=compile), **preset), description=__doc__)
 
 
 def resolve(args: Args, task: Task) -> dict:
@@ -1105,8 +1256,8 @@ def resolve(args: Args, task: Task) -> dict:
     What depends on the data is left to prepare: rtg_range's default, and the length of the timestep embedding.
     """
     cfg = asdict(args)
-    for name in ("dataset_path", "runs_dir", "critic", "critic_steps", "checkpoint_minutes"):
-        cfg.pop(name)  # where things are and how often they are saved do not define a run
+    for name in ("dataset_path", "runs_dir", "critic", "critic_steps", "checkpoint_minutes", "compile"):
+        cfg.pop(name)  # where things are, how often they are saved and how fast they are do not define a run
     if cfg["eval_every"] is None:
         cfg["eval_every"] = max(args.total_steps // 10, 1)
     if cfg["rtg_range"] == "off":
@@ -1228,7 +1379,7 @@ def pretrain(critic_path: Path, args: Args, cfg: dict) -> None:
         "--device",
         args.device,
     ]
-    command += ["--critic-width", str(cfg["critic_width"])]
+    command += ["--critic-width", str(cfg["critic_width"]), "--compile" if args.compile else "--no-compile"]
     command += ["--dataset-path", *args.dataset_path] if args.dataset_path else []
     command += ["--total-steps", str(args.critic_steps)] if args.critic_steps else []
 

@@ -146,8 +146,7 @@ def actor_setup(**changes):
     policy = stage2.make_policy(task, cfg, False).eval()  # eval: no dropout, so both passes can be repeated
     critic = stage2.DoubleQ(task.obs_dim, task.act_dim, 16)
     with torch.no_grad():  # strong enough a reaction to the action for violations to occur
-        critic.q1[0].weight.mul_(4)
-        critic.q2[0].weight.mul_(4)
+        critic.weights[0].mul_(4)
     batch = batch_of([[0.0] * 5] * 8, [[F_] * 5] * 8, [[T] * 5] * 8, obs_dim=task.obs_dim, act_dim=task.act_dim)
     return policy, critic, batch, cfg
 
@@ -179,8 +178,7 @@ def test_every_factor_of_the_actor_loss(monkeypatch):
     )
     for p in policy.parameters():  # a policy that reacts to its RTG
         torch.nn.init.normal_(p, std=0.3)
-    for q in (critic.q1, critic.q2):  # and a critic that L_align is not negligible with
-        q[-1].weight.data.mul_(1000)
+    critic.weights[-1].data.mul_(1000)  # and a critic that L_align is not negligible with
     batch = batch._replace(rtg=torch.linspace(-1.0, 2.0, 8)[:, None].expand(8, 5).contiguous())
     loss, action_loss, state_loss, align, _, q_mean = stage2.actor_loss(
         policy, critic, batch, cfg, torch.Generator().manual_seed(1)
@@ -282,6 +280,33 @@ def test_training_on_the_alignment_loss_puts_pairs_in_order():
             opt.step()
         assert history[0] > 0.3 and max(history[-5:]) < 0.1, history
         assert sign == 1.0 or history[0] > 0.9  # it had learned the opposite order
+
+
+# ---- the critic ----
+
+
+def test_mish_is_torchs_own_with_its_derivative():
+    x = torch.linspace(-60, 60, 100_001, requires_grad=True)
+    ours, theirs = stage2.Mish.apply(x), torch.nn.functional.mish(x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    gradients = [torch.autograd.grad(y.sum(), x)[0] for y in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+    assert torch.autograd.gradcheck(stage2.Mish.apply, (torch.randn(50, dtype=torch.float64, requires_grad=True),))
+
+
+def test_critic_is_two_separate_networks_of_nn_linear_and_nn_mish():
+    torch.manual_seed(0)
+    critic, obs, act = stage2.DoubleQ(4, 2, 64), torch.randn(3, 5, 4), torch.randn(3, 5, 2)
+    for m, q in enumerate(critic(obs, act)):
+        x = torch.cat([obs, act], dim=-1)
+        for i, (weight, bias) in enumerate(zip(critic.weights, critic.biases)):
+            x = torch.nn.functional.linear(x, weight[m].T, bias[m, 0])
+            x = torch.nn.functional.mish(x) if i < 3 else x
+        torch.testing.assert_close(q, x.squeeze(-1), rtol=1e-5, atol=1e-6)
+    for i, p in [(i, p) for i, layer in enumerate(zip(critic.weights, critic.biases)) for p in layer]:
+        bound = critic.weights[i].shape[1] ** -0.5  # nn.Linear's: uniform in +- 1 / sqrt(inputs)
+        assert p.abs().max() <= bound and (p.numel() < 100 or p.std().item() == pytest.approx(bound / 3**0.5, rel=0.1))
+        assert not torch.equal(p[0], p[1])
 
 
 def test_ema_update():

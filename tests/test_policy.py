@@ -66,11 +66,41 @@ def test_what_stands_in_the_padding_does_not_matter(policy):
 def test_convolution_is_causal_with_window_6_and_separate_for_q_k_v():
     conv = stage2.CausalConv(8)
     x = torch.randn(1, 20, 24, requires_grad=True)
-    conv(x)[0, 10, :8].sum().backward()  # the q part of token 10
-    reached = x.grad[0].abs() > 0
-    assert reached[5:11, :8].all()  # tokens 5..10, all q channels
-    reached[5:11, :8] = False
-    assert not reached.any()
+    for part in range(3):  # q, k, v of token 10
+        x.grad = None
+        conv(x, 20)[part][0, 10].sum().backward()
+        reached, own = x.grad[0].abs() > 0, slice(8 * part, 8 * part + 8)
+        assert reached[5:11, own].all()  # tokens 5..10, all channels of that part
+        reached[5:11, own] = False
+        assert not reached.any()
+
+
+def test_convolution_is_torchs_own_and_q_of_the_last_tokens_needs_only_them():
+    conv, x = stage2.CausalConv(8), torch.randn(2, 20, 24)
+    expected = conv.conv(torch.nn.functional.pad(x.transpose(1, 2), (5, 0))).transpose(1, 2)  # (B, T, 3D) as conv1d
+    torch.testing.assert_close(torch.cat(conv(x, 20), dim=-1), expected, rtol=1e-5, atol=1e-5)
+    q, k, v = conv(x, 3)
+    torch.testing.assert_close(q, expected[:, 17:, :8], rtol=1e-5, atol=1e-5)
+    assert k.shape == v.shape == (2, 20, 8)
+
+
+@pytest.mark.parametrize("length", [1, 4, K])
+def test_act_is_the_last_action_of_the_window(policy, length):
+    x = windows()
+    x[4][:, : K - length] = False
+    torch.testing.assert_close(policy.act(*x), policy(*x)[0][:, -1], rtol=1e-5, atol=1e-6)
+
+
+def test_attention_is_torchs_own():
+    block = stage2.Block(32, heads=4, conv=False, dropout=0.1).eval()
+    x = torch.randn(2, 9, 32)
+    mask = torch.ones(9, 9, dtype=torch.bool).tril().expand(2, 1, 9, 9)
+    bias = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    q, k, v = (y.view(2, 9, 4, 8).transpose(1, 2) for y in block.qkv(x).split(32, dim=-1))
+    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    expected = block.out(y.transpose(1, 2).reshape(2, 9, 32))
+    torch.testing.assert_close(block.attend(x, torch.ones(2, 9, 1), bias, 9), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(block.attend(x, torch.ones(2, 9, 1), bias, 2), expected[:, 7:], rtol=1e-5, atol=1e-6)
 
 
 def test_paper_size_has_8_1_million_parameters():
@@ -85,6 +115,25 @@ def test_dropout_acts_in_training_only_and_differs_between_rows(policy):
     assert torch.equal(a[0], a[1])
     a = policy.train()(*same)[0]
     assert not torch.allclose(a[0], a[1])
+
+
+@pytest.mark.parametrize("shape", [(1_000_003,), (1000, 1000)])
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_drops_a_share_p_independently_and_keeps_the_mean(shape, p):
+    torch.manual_seed(0)
+    dropout, x = stage2.Dropout(p), torch.ones(shape, requires_grad=True)
+    y = dropout(x)
+    y.sum().backward()
+    kept = y.detach() != 0
+    assert kept.float().mean().item() == pytest.approx(1 - p, abs=5 * (p * (1 - p) / 1e6) ** 0.5 + 1e-5)
+    assert torch.equal(x.grad, y.detach()) and y.max().item() == pytest.approx(1 / (1 - p), rel=1e-4)
+    for lag in (1, 2, 3, 4, 1000):  # neighbours come out of the same 64 random bits
+        a, b = kept.flatten()[:-lag].double(), kept.flatten()[lag:].double()
+        assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1].item()) < 0.005
+    assert not torch.equal(dropout(x) != 0, kept)
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x) != 0, kept)  # a resumed run draws the same ones
+    assert torch.equal(dropout.eval()(x), x)
 
 
 def test_bf16_policy_stays_close_to_float32():

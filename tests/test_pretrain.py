@@ -65,14 +65,14 @@ def test_return_target_bootstraps_timeouts_only(tmp_path):
 def test_value_loss_by_hand(tmp_path):
     data = chain(tmp_path, terminal=True)
     table = Table(data, [10.0, 20.0, 0.0, 0.0, 0.0], [12.0, 19.0, 0.0, 0.0, 0.0])
-    value = lambda obs: torch.tensor([[8.0], [20.0]])  # noqa: E731  u = 10 - 8 = 2 and 19 - 20 = -1
+    value = lambda obs: torch.tensor([[8.0, 20.0]])  # noqa: E731  u = 10 - 8 = 2 and 19 - 20 = -1
     loss = stage1.value_loss(value, table, data, torch.tensor([0, 1]))
     assert loss.item() == pytest.approx((0.8 * 4 + 0.2 * 1) / 2)
 
 
 def test_iql_target_by_hand(tmp_path):
     data = chain(tmp_path, terminal=True)
-    y = stage1.iql_target(lambda obs: torch.full((len(obs), 1), 7.0), data, torch.tensor([0, 2, 3]))
+    y = stage1.iql_target(lambda obs: torch.full((1, len(obs)), 7.0), data, torch.tensor([0, 2, 3]))
     assert y.tolist() == pytest.approx([1 + 0.99 * 7, 3, 4 + 0.99 * 7])
 
 
@@ -145,8 +145,7 @@ def test_float32_critic_keeps_the_sign_of_small_differences(tmp_path, run_main, 
     critic = stage1.DoubleQ(11, 3, 256)
     critic.load_state_dict(checkpoint["critic"])
     with torch.no_grad():
-        critic.q1[-1].bias += 250.0  # a large number, of which the difference is small
-        critic.q2[-1].bias += 250.0
+        critic.biases[-1] += 250.0  # a large number, of which the difference is small
         g = torch.Generator().manual_seed(0)
         obs, act = torch.randn(200_000, 11, generator=g), torch.rand(200_000, 3, generator=g) * 2 - 1
         near = (act + 0.02 * torch.randn(act.shape, generator=g)).clamp(-1, 1)

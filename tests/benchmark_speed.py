@@ -1,0 +1,292 @@
+"""How fast the stages are, against what this machine's matrix units can do. Not collected by pytest.
+
+    python tests/benchmark_speed.py              # under 5 minutes on two CPU cores
+    python tests/benchmark_speed.py --full       # also torch.compile on CPU, more repeats and a whole sweep
+
+Measures the training step of stage 2 at paper size and at hopper-mini's preset, stage 1's step, the RTG sweep of stage 3
+split into policy and simulator, start-up times and peak memory. The ceiling is a plain matrix product, measured before and
+after in the same run. Appends one JSON object to --out and prints it as a table.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import h5py
+import numpy as np
+import torch
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import pretrain_q as stage1  # noqa: E402
+import train_qalign_dt as stage2  # noqa: E402
+
+PAPER = dict(embed_dim=256, n_layer=4, n_head=4, context_len=20, batch_size=256, critic_width=256, total_steps=100_000)
+TARGETS, ROLLOUTS = 33, 30  # of the sweep that is timed
+# a policy's forward passes worth of arithmetic in one step: the target's, and two windows forward (1) and backward (2)
+FORWARDS = 1 + 2 * 3
+
+
+@dataclass
+class Args:
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to measure; auto takes CUDA if there is one"""
+    full: bool = False
+    """also torch.compile on CPU, more repeats, and a whole sweep of HalfCheetah (about an hour on two CPU cores)"""
+    out: str = str(ROOT / "results" / "speed.jsonl")
+    """file that the result is appended to"""
+
+
+def hardware(device: torch.device) -> dict:
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
+    units = [x for x in ("amx_bf16", "avx512_bf16") if getattr(torch.cpu, "get_capabilities", dict)().get(x)]
+    return dict(
+        cpu=f"{cpu} ({', '.join(units) or 'no bfloat16 units'})",
+        threads=torch.get_num_threads(),
+        gpu=torch.cuda.get_device_name() if device.type == "cuda" else None,
+        torch=torch.__version__,
+        python=platform.python_version(),
+    )
+
+
+def sync(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(call, device: torch.device, repeats: int, warm_up: int = 1) -> list[float]:
+    """The time of each repeat; on CUDA, where calls return at once, of all repeats together, divided."""
+    for _ in range(warm_up):
+        call()
+    sync(device)
+    if device.type == "cuda":
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        sync(device)
+        return [(time.perf_counter() - start) / repeats]
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a plain matrix product: the best of ten."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n**3 / min(min(seconds(lambda: a @ b, device, 10)) for _ in range(1 if device.type == "cpu" else 3))
+
+
+def learner(data, task, device, compile=False, **changes) -> stage2.CoTraining:
+    """Stage 2's co-training on hopper-mini, as its main makes it."""
+    args = replace(stage2.Args(), **changes)
+    cfg = stage2.resolve(args, task)
+    cfg |= dict(rtg_range=task.rtg_range, max_timestep=stage2.HORIZON, precision=args.precision, q_scale=1.0)
+    windows = stage2.Windows(data, task, cfg["context_len"], device)
+    return stage2.CoTraining(task, windows, cfg, compile=compile)
+
+
+def forward_flop(cfg: dict, windows: int) -> float:
+    """Of the transformer's blocks, App. D.1: projections, convolution, attention and MLP; two for each multiplication."""
+    D, T = cfg["embed_dim"], 3 * cfg["context_len"]
+    return 2 * windows * T * cfg["n_layer"] * D * (12 * D + 18 * D * cfg["conv"] + 2 * T)
+
+
+def training_step(data, task, device, sizes: dict, precision, compile, graph, repeats) -> tuple[float, float]:
+    """Median seconds of one step of Algorithm 1, and its arithmetic in FLOP (the transformer's alone)."""
+    co = learner(data, task, device, compile, precision=precision, **sizes)
+    step = stage2.CudaGraph(co.step, co.generator) if graph else co.step
+
+    def call():
+        co.schedule(0)
+        step()
+
+    times = seconds(call, device, repeats, warm_up=10 if device.type == "cuda" else 1)
+    return statistics.median(times), FORWARDS * forward_flop(co.cfg, co.cfg["batch_size"])
+
+
+def pretraining_step(data, task, device, width, compile, graph, repeats) -> tuple[float, float]:
+    """Median seconds of one step of stage 1's SARSA at batch 512, and its arithmetic: one pass of Q', three of Q."""
+    cfg = stage1.resolve(replace(stage1.Args(), critic_width=width), task)
+    pre = stage1.Pretraining(task, stage1.Transitions(data, task, device), cfg, compile)
+    step = stage1.CudaGraph(pre.step, pre.generator) if graph else pre.step
+    times = seconds(lambda: (step(False, True), step(False, False)), device, repeats, warm_up=10)
+    one_pass = 2 * cfg["batch_size"] * sum(p.numel() for p in pre.critic.weights)
+    return statistics.median(times) / 2, 4 * one_pass
+
+
+def sweep_step(task, device, precision, sizes: dict, repeats: int) -> dict:
+    """Seconds of one lockstep step of the sweep, all rollouts alive: the policy's share and the simulator's."""
+    n, K = TARGETS * ROLLOUTS, sizes["context_len"]
+    cfg = dict(sizes, max_timestep=stage2.HORIZON, conv=True)
+    policy = stage2.make_policy(task, cfg, precision == "bf16").to(device).eval()
+    x = (torch.randn(n, K, device=device), torch.randn(n, K, task.obs_dim, device=device))
+    x += (torch.zeros(n, K, task.act_dim, device=device), torch.arange(K, device=device).expand(n, K))
+    x += (torch.ones(n, K, dtype=torch.bool, device=device),)
+    with torch.no_grad():
+        policy_time = statistics.median(seconds(lambda: policy.act(*x).cpu(), device, repeats))
+    simulator, everyone = stage2.Simulator(task.env_id, range(n)), np.arange(n)
+    actions = np.random.default_rng(0).uniform(-0.3, 0.3, (n, task.act_dim))
+    simulator_time = statistics.median(seconds(lambda: simulator.step(everyone, actions), torch.device("cpu"), 20))
+    simulator.close()
+    return dict(policy=policy_time, simulator=simulator_time)
+
+
+def whole_sweep(device, precision) -> float:
+    """Seconds of 33 x 30 rollouts of HalfCheetah, which never falls, 1,000 steps each, by an untrained paper-size policy."""
+    task = stage2.parse_env("halfcheetah-medium-benchmark")
+    cfg = dict(PAPER, max_timestep=stage2.HORIZON, conv=True)
+    policy = stage2.make_policy(task, cfg, precision == "bf16").to(device)
+    targets, start = np.repeat(np.linspace(0, 1e4, TARGETS), ROLLOUTS), time.perf_counter()
+    mean, std = torch.zeros(task.obs_dim), torch.ones(task.obs_dim)
+    stage2.rollout(policy, task, targets, range(len(targets)), PAPER["context_len"], mean, std)
+    return time.perf_counter() - start
+
+
+def child(*command) -> str:
+    result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    if result.returncode:
+        stage2.fail(f"{' '.join(command)}: {result.stderr.strip().splitlines()[-1]}", code=1)
+    return result.stdout
+
+
+def start_up(device: torch.device, folder: str) -> dict:
+    """Seconds: importing the packages, each stage's --help, and a one-step DT at the small preset (no compilation)."""
+
+    def wall(*command) -> float:
+        return min(seconds(lambda: child(*command), torch.device("cpu"), 3))
+
+    stages = "collect_dataset.py", "pretrain_q.py", "train_qalign_dt.py", "evaluate_alignment.py"
+    once = ["train_qalign_dt.py", "--lambda-e", "0", "--total-steps", "1", "--eval-every", "0", "--no-compile"]
+    start = time.perf_counter()
+    child(*once, "--device", device.type, "--runs-dir", folder)
+    first_step = time.perf_counter() - start
+    imports = wall("-c", "import torch, gymnasium, mujoco, h5py")
+    return dict(imports=imports, help=max(wall(stage, "--help") for stage in stages), first_step=first_step)
+
+
+def memory(device: torch.device, folder: str) -> dict:
+    """Bytes: peak of the host beyond the imports while 2,000,000 transitions are read and laid out, as a multiple of the
+    file's arrays; on CUDA also the peak of the device with them in a training step at paper size."""
+    n, episode, rng = 2_000_000, 1000, np.random.default_rng(0)
+    path = Path(folder) / "two_million.hdf5"
+    with h5py.File(path, "w") as f:
+        for key, width in dict(observations=11, actions=3).items():
+            f[key] = rng.uniform(-1, 1, (n, width)).astype(np.float32)
+        f["rewards"] = rng.uniform(size=n).astype(np.float32)
+        f["terminals"], f["timeouts"] = np.zeros(n, bool), np.arange(n) % episode == episode - 1
+        size = sum(x.nbytes for x in (f[key][()] for key in f))
+    program = (
+        "import resource, sys, torch, train_qalign_dt as s; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "s.keep_freed_memory(); before = peak(); t = s.parse_env('hopper-medium-benchmark');"
+        "d = s.read_dataset(t, (sys.argv[1],)); w = s.Windows(d, t, 20, torch.device('cpu')); print((peak() - before) * 1024)"
+    )
+    result = dict(arrays=size, host=int(child("-c", program, str(path))), cuda=None)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        task = stage2.parse_env("hopper-medium-benchmark")
+        data = stage2.read_dataset(task, (str(path),))
+        training_step(data, task, device, PAPER, "bf16", True, True, 5)
+        result["cuda"] = torch.cuda.max_memory_allocated()
+    return result
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    device, cuda = stage2.pick_device(args.device), False
+    cuda = device.type == "cuda"
+    stage2.keep_freed_memory()
+    task = stage2.parse_env("hopper-mini")
+    data = stage2.read_dataset(task, ())
+    result = hardware(device) | {"device": device.type, "full": args.full}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    changed = subprocess.run(["git", "status", "--porcelain", "*.py"], cwd=ROOT, capture_output=True, text=True)
+    result["commit"] = commit.stdout.strip() + "+" * bool(changed.stdout)
+    rates = {name: ceiling(device, getattr(torch, name)) for name in ("float32", "bfloat16")}
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    say(f"{result['gpu'] or result['cpu']}, {result['threads']} CPU threads, torch {result['torch']}")
+    variants = [("eager float32", "fp32", False, False), ("bfloat16", "bf16", False, False)]
+    if args.full or cuda:
+        variants += [("torch.compile", "fp32", True, False), ("bfloat16, torch.compile", "bf16", True, False)]
+    if cuda:
+        variants += [("bfloat16, CUDA graph", "bf16", False, True)]
+        variants += [("bfloat16, torch.compile, CUDA graph", "bf16", True, True)]
+    small = {k: v for k, v in stage2.MINI.items() if k in PAPER}
+    steps = []
+    for size, sizes in (("paper size", PAPER), ("hopper-mini", small)):
+        for name, precision, compile, graph in variants:
+            slow = not cuda and sizes is PAPER
+            repeats = 100 if cuda else (5 if args.full else 2) if slow else 20
+            time_, flop = training_step(data, task, device, sizes, precision, compile, graph, repeats)
+            steps.append(dict(size=size, variant=name, ms=1e3 * time_, flop=flop, precision=precision))
+            say(f"training step, {size}, {name}: {1e3 * time_:.1f} ms")
+    critics = []
+    for name, compile, graph in [("eager", False, False)] + [("torch.compile, CUDA graph", True, True)] * cuda:
+        time_, flop = pretraining_step(data, task, device, 256, compile, graph, 2000 if cuda else 100)
+        critics.append(dict(variant=name, ms=1e3 * time_, flop=flop))
+        say(f"critic pretraining, batch 512, width 256, {name}: {1e3 * time_:.2f} ms")
+    sweeps = []
+    for size, sizes in (("paper size", PAPER), ("hopper-mini", small)):
+        time_ = sweep_step(task, device, "bf16", sizes, repeats=20 if cuda else 3)
+        flop = forward_flop(dict(sizes, conv=True), TARGETS * ROLLOUTS)
+        sweeps.append(dict(size=size, flop=flop, **{f"{k}_ms": 1e3 * v for k, v in time_.items()}))
+        say(f"sweep, {size}: policy {1e3 * time_['policy']:.0f} ms, simulator {1e3 * time_['simulator']:.0f} ms a step")
+    with tempfile.TemporaryDirectory() as folder:
+        result |= dict(start=start_up(device, folder), memory=memory(device, folder))
+    if args.full:
+        result["whole_sweep_s"] = whole_sweep(device, "bf16")
+    for name in rates:
+        rates[name] = max(rates[name], ceiling(device, getattr(torch, name)))
+    for row in steps:
+        row["share"] = row["flop"] / row["ms"] * 1e3 / rates["bfloat16" if row["precision"] == "bf16" else "float32"]
+    for row in critics:
+        row["share"] = row["flop"] / row["ms"] * 1e3 / rates["float32"]
+    result |= dict(ceiling=rates, training=steps, pretraining=critics, sweep=sweeps)
+
+    lines = ["| what | ms | TFLOP/s | share of the ceiling |", "|---|---|---|---|"]
+    for name, rate in rates.items():
+        lines.append(f"| ceiling: matrix product, {name} | | {rate / 1e12:.3g} | |")
+    rows = [(f"training step, {row['size']}, {row['variant']}", row) for row in steps]
+    rows += [(f"critic pretraining, {row['variant']}: {1e3 / row['ms']:.0f} steps/s", row) for row in critics]
+    for name, row in rows:
+        lines.append(f"| {name} | {row['ms']:.3g} | {row['flop'] / row['ms'] / 1e9:.3g} | {row['share']:.0%} |")
+    for row in sweeps:
+        name = f"sweep of {TARGETS} x {ROLLOUTS} rollouts, {row['size']}, one step"
+        lines.append(f"| {name}: policy + simulator | {row['policy_ms']:.0f} + {row['simulator_ms']:.0f} | | |")
+    say("\n" + "\n".join(lines))
+    start, peak = result["start"], result["memory"]
+    say(
+        f"start: --help {start['help']:.2f} s at most, its imports {start['imports']:.2f} s; "
+        f"a DT of one step {start['first_step']:.1f} s"
+    )
+    say(f"peak host memory: {peak['host'] / peak['arrays']:.2f} x the file's arrays ({peak['arrays'] / 1e6:.0f} MB)")
+    if cuda:
+        say(f"peak device memory, 2,000,000 transitions and training at paper size: {peak['cuda'] / 2**30:.2f} GiB")
+    if args.full:
+        say(f"whole sweep of HalfCheetah, paper size: {result['whole_sweep_s']:.0f} s")
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    with open(args.out, "a") as f:
+        f.write(json.dumps(result | {"date": time.strftime("%Y-%m-%d"), "load": os.getloadavg()[0]}) + "\n")
+    say(f"appended to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
