@@ -195,8 +195,8 @@ class Block(nn.Module):
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q[:, -last:], k, v))  # (B, H, T, D / H)
         # written out: with dropout and 60 tokens, faster than scaled_dot_product_attention
         logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        weights = torch.softmax(logits.add_(bias[..., -last:, :]), dim=-1)
-        y = self.dropout(weights) @ v
+        weights = torch.softmax(logits.float().add_(bias[..., -last:, :]), dim=-1)
+        y = self.dropout(weights.to(logits.dtype)) @ v
         return self.dropout(self.out(y.transpose(1, 2).flatten(-2)))
 
     def forward(self, x, keep, bias, last: int):
@@ -242,8 +242,7 @@ class Policy(nn.Module):
         causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
         # a padded query looks at itself, so that no row of the softmax is empty; no valid query looks at padding
         mask = causal & (keep[:, None, None, :] | torch.eye(T, dtype=torch.bool, device=device))  # (B, 1, T, T)
-        dtype = torch.bfloat16 if self.bf16 else torch.float32
-        bias = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, -math.inf)
+        bias = torch.zeros(mask.shape, device=device).masked_fill(~mask, -math.inf)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             time = self.embed_time(timestep)
             tokens = (self.embed_rtg(rtg[..., None]) + time, self.embed_obs(obs) + time, self.embed_act(act) + time)
@@ -409,8 +408,8 @@ def critic_target(batch: Batch, q_next):
     """
     after = F.pad(q_next[:, 1:], (0, 1))
     y = batch.reward + GAMMA * ~batch.terminal * after
-    last = torch.zeros_like(batch.valid)
-    last[:, -1] = True
+    K = batch.valid.shape[1]
+    last = torch.arange(K, device=after.device) == K - 1  # (K,)
     return y, batch.valid & (~last | batch.terminal)
 
 

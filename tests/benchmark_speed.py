@@ -181,8 +181,8 @@ def start_up(device: torch.device, folder: str) -> dict:
 
 
 def memory(device: torch.device, folder: str) -> dict:
-    """Bytes: peak of the host beyond the imports while 2,000,000 transitions are read and laid out, as a multiple of the
-    file's arrays; on CUDA also the peak of the device with them in a training step at paper size."""
+    """Bytes: a file of 2,000,000 transitions; what reading it and laying it out adds to the host's peak beyond the imports
+    (read from Linux's VmHWM); on CUDA also the peak of the device with them in training steps at paper size."""
     n, episode, rng = 2_000_000, 1000, np.random.default_rng(0)
     path = Path(folder) / "two_million.hdf5"
     with h5py.File(path, "w") as f:
@@ -192,9 +192,10 @@ def memory(device: torch.device, folder: str) -> dict:
         f["terminals"], f["timeouts"] = np.zeros(n, bool), np.arange(n) % episode == episode - 1
         size = sum(x.nbytes for x in (f[key][()] for key in f))
     program = (
-        "import resource, sys, torch, train_qalign_dt as s; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "import re, sys, torch, train_qalign_dt as s;"
+        "peak = lambda: 1024 * int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]);"
         "s.keep_freed_memory(); before = peak(); t = s.parse_env('hopper-medium-benchmark');"
-        "d = s.read_dataset(t, (sys.argv[1],)); w = s.Windows(d, t, 20, torch.device('cpu')); print((peak() - before) * 1024)"
+        "d = s.read_dataset(t, (sys.argv[1],)); w = s.Windows(d, t, 20, torch.device('cpu')); print(peak() - before)"
     )
     result = dict(arrays=size, host=int(child("-c", program, str(path))), cuda=None)
     if device.type == "cuda":
