@@ -591,7 +591,7 @@ def check(args: Args) -> None:
     env.close()
 
 
-# ======== shared: setup (the same text in collect_dataset.py, pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
+# ======== shared: setup (the same text in collect_dataset.py, pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
 
 FORMAT = 2  # of the checkpoint files
 HORIZON = 1000  # steps after which Gymnasium and D4RL cut an episode
@@ -776,7 +776,7 @@ class MetricsLog:
 
 # ======== end of shared: run ========
 
-# ======== shared: simulator (the same text in collect_dataset.py, train_qalign_dt.py, evaluate_alignment.py) ========
+# ======== shared: simulator (the same text in collect_dataset.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
 
 BODY_IDS = {"Hopper-v4": "hopper", "HalfCheetah-v4": "halfcheetah", "Walker2d-v4": "walker2d", "Ant-v4": "ant"}
 

@@ -5,7 +5,8 @@
 Asks a trained policy for every return from the dataset's lowest to its highest in steps of 100, rolls each request out
 --rollouts times in Gymnasium's simulator, and reports the alignment error (Eq. 8): the root mean square, over the
 requests, of (mean achieved score - requested score). Writes alignment.json, .csv and .png beside the checkpoint.
-Order of the file: Args, policy, critic, sweep, plot, main; then the blocks this file shares with the other stages.
+--trajectories adds what the body does with a higher request (Figures 3 and 4: behaviour.json and .png), --video shows it.
+Order of the file: Args, policy, critic, sweep, plots, main; then the blocks this file shares with the other stages.
 """
 
 import contextlib
@@ -62,9 +63,13 @@ class Args:
     """episodes per target return"""
     target_step: float = 100.0
     """distance of two target returns, raw; 12 evenly spaced targets are used where this gives fewer"""
+    trajectories: bool = False
+    """also write behaviour.json and .png: forward velocity against target, and over time for five of the targets"""
+    video: tuple[float, ...] = ()
+    """also render one episode for each of these target returns (raw), side by side, as video.gif; needs OpenGL"""
 
 
-# ======== shared: policy (the same text in train_qalign_dt.py, evaluate_alignment.py) ========
+# ======== shared: policy (the same text in train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
 
 
 class Dropout(nn.Dropout):
@@ -200,7 +205,7 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 
 # ======== end of shared: policy ========
 
-# ======== shared: critic (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
+# ======== shared: critic (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
 
 
 class Mish(torch.autograd.Function):
@@ -262,6 +267,9 @@ class DoubleQ(MLP):
 # ======== end of shared: critic ========
 
 
+# ======== shared: results (the same text in evaluate_alignment.py, transfer_cheetah_vel.py) ========
+
+
 class Trained(NamedTuple):
     """One of stage 2's checkpoints, ready to roll out."""
 
@@ -270,6 +278,14 @@ class Trained(NamedTuple):
     policy: Policy
     critic: DoubleQ | None
     content: dict  # everything else that the file holds
+
+    def identity(self) -> dict:
+        """What result files say of a checkpoint."""
+        cfg = self.content["config"]
+        return {
+            "checkpoint": str(self.path), "env": self.task.name, "trained_on": self.content["data"], "seed": cfg["seed"],
+            "step": self.content["step"], "total_steps": cfg["total_steps"], "lambda_e": cfg["lambda_e"], "conv": cfg["conv"],
+        }  # fmt: skip
 
 
 def load_policy(path: Path, precision: str, device: torch.device) -> Trained:
@@ -287,6 +303,37 @@ def load_policy(path: Path, precision: str, device: torch.device) -> Trained:
     return Trained(path, task, policy.to(device).eval(), critic.to(device) if critic else None, content)
 
 
+def curve_label(record: dict) -> str:
+    """How a curve is called: method and seed."""
+    method = {
+        (True, True): "Q-Align DT",
+        (True, False): "DT + alignment",
+        (False, True): "DT + conv",
+        (False, False): "DT",
+    }[record["lambda_e"] > 0, record["conv"]]
+    best = ", best checkpoint" if Path(record["checkpoint"]).name == "policy_best.pt" else ""
+    return f"{method}, seed {record['seed']}{best}"
+
+
+def write_results(folder: Path, stem: str, result: dict, rows: list[dict], draw) -> list[Path]:
+    """Write <stem>.json, .csv (of rows) and .png (by draw(file)) into folder: all whole, or none."""
+    files = [folder / f"{stem}.{kind}" for kind in ("json", "csv", "png")]
+    temporary = [f"{file}.{os.getpid()}.tmp" for file in files]
+    with open(temporary[0], "w") as f:
+        f.write(json.dumps(result, indent=2, allow_nan=False) + "\n")
+    with open(temporary[1], "w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    draw(temporary[2])
+    for name, file in zip(temporary, files):
+        os.replace(name, file)
+    return files
+
+
+# ======== end of shared: results ========
+
+
 def target_returns(returns: np.ndarray, step: float) -> np.ndarray:
     """The dataset's lowest return, + step, ... up to its highest (raw); 12 evenly spaced ones if that gives fewer."""
     low, high = float(returns.min()), float(returns.max())
@@ -299,8 +346,12 @@ def alignment_rmse(scores: np.ndarray, target_scores: np.ndarray) -> float:
     return float(np.sqrt(np.mean((scores - target_scores) ** 2)))
 
 
-def sweep(trained: Trained, targets: np.ndarray, high_targets, rollouts: int, seed: int) -> dict:
-    """Roll out every target `rollouts` times, all as one batch, and summarise: the record that alignment.json holds."""
+def sweep(trained: Trained, targets: np.ndarray, high_targets, rollouts: int, seed: int) -> tuple[dict, np.ndarray]:
+    """Roll out every target `rollouts` times, all as one batch, and summarise.
+
+    Returns the record that alignment.json holds, and the forward velocity of every step (targets, rollouts, HORIZON), m/s,
+    NaN after a rollout's end.
+    """
     task, content = trained.task, trained.content
     every_target = np.repeat(np.concatenate([targets, high_targets]), rollouts)
     # reset seeds: every rollout of the sweep starts differently, every checkpoint in the same states
@@ -333,16 +384,7 @@ def sweep(trained: Trained, targets: np.ndarray, high_targets, rollouts: int, se
             q = trained.critic(result.first_obs, result.first_act).amin(dim=0).cpu().numpy()
         swept = len(targets) * rollouts
         q_vs_return = rank_correlation(q[:swept], result.returns[:swept])
-    cfg = content["config"]
-    return {
-        "checkpoint": str(trained.path),
-        "env": task.name,
-        "trained_on": content["data"],
-        "seed": cfg["seed"],
-        "step": content["step"],
-        "total_steps": cfg["total_steps"],
-        "lambda_e": cfg["lambda_e"],
-        "conv": cfg["conv"],
+    record = trained.identity() | {
         "alignment_rmse": alignment_rmse(scores, target_scores),
         "best_score": float(scores.max()),
         "spearman_target_vs_real": rank_correlation(target_scores, scores),
@@ -350,6 +392,22 @@ def sweep(trained: Trained, targets: np.ndarray, high_targets, rollouts: int, se
         "high_targets": high_rows,
         "sweep": rows,
     }
+    return record, result.velocities.reshape(-1, rollouts, HORIZON)[: len(targets)]
+
+
+def behaviour(record: dict, velocities: np.ndarray, handful: int = 5) -> list[dict]:
+    """Figure 4's curves: for a handful of the sweep's targets, velocity at every step, mean and std over the rollouts
+    that have not ended (None after all have)."""
+    chosen = np.unique(np.linspace(0, len(record["sweep"]) - 1, handful).round().astype(int))
+    curves = []
+    for j in chosen:
+        alive = (~np.isnan(velocities[j])).sum(axis=0)  # (HORIZON,)
+        steps = velocities[j][:, alive > 0]
+        curves.append({
+            **{key: record["sweep"][j][key] for key in ("target_return", "target_score", "velocity_mean")},
+            "alive": alive.tolist(), "velocity": np.nanmean(steps, axis=0).round(5).tolist(), "std": np.nanstd(steps, axis=0).round(5).tolist(),
+        })  # fmt: skip
+    return curves
 
 
 # ======== shared: correlation (the same text in pretrain_q.py, evaluate_alignment.py) ========
@@ -364,18 +422,6 @@ def rank_correlation(x, y) -> float | None:
 
 
 # ======== end of shared: correlation ========
-
-
-def curve_label(record: dict) -> str:
-    """How a curve is called: method, run, seed."""
-    method = {
-        (True, True): "Q-Align DT",
-        (True, False): "DT + alignment",
-        (False, True): "DT + conv",
-        (False, False): "DT",
-    }[record["lambda_e"] > 0, record["conv"]]
-    best = ", best checkpoint" if Path(record["checkpoint"]).name == "policy_best.pt" else ""
-    return f"{method}, seed {record['seed']}{best}: RMSE {record['alignment_rmse']:.1f}"
 
 
 def plot(records: list[dict], task: "Task", returns: np.ndarray, title: str, file: str) -> None:
@@ -397,7 +443,14 @@ def plot(records: list[dict], task: "Task", returns: np.ndarray, title: str, fil
         experiments += [experiment] * (experiment not in experiments)
         color = f"C{experiments.index(experiment) % 10}"
         x, y, std = (np.array([row[k] for row in record["sweep"]]) for k in ("target_score", "score_mean", "score_std"))
-        top.plot(x, y, marker="o", markersize=3, color=color, label=curve_label(record))
+        top.plot(
+            x,
+            y,
+            marker="o",
+            markersize=3,
+            color=color,
+            label=f"{curve_label(record)}: RMSE {record['alignment_rmse']:.1f}",
+        )
         top.fill_between(x, y - std, y + std, color=color, alpha=0.3 / (1 + len(records)), linewidth=0)
     top.set_ylabel("achieved score (mean, band: one std)")
     top.set_title(title, fontsize="small")
@@ -412,6 +465,76 @@ def plot(records: list[dict], task: "Task", returns: np.ndarray, title: str, fil
     plt.close(figure)
 
 
+def plot_behaviour(records: list[dict], curves: list[dict], dt: float, title: str, file: str) -> None:
+    """Figure 3: mean velocity against target; Figure 4: velocity over time for some targets, with a band of one std."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for record in records:
+        x, y = ([row[key] for row in record["sweep"]] for key in ("target_return", "velocity_mean"))
+        left.plot(x, y, marker="o", markersize=3, label=curve_label(record))
+    left.set_xlabel("target return")
+    left.set_ylabel("mean forward velocity (m/s)")
+    left.legend(fontsize="small")
+    colors = plt.cm.viridis(np.linspace(0, 0.9, len(curves)))
+    for curve, color in zip(curves, colors):
+        mean, std = np.array(curve["velocity"]), np.array(curve["std"])
+        time = dt * np.arange(1, len(mean) + 1)
+        right.plot(time, mean, color=color, linewidth=1, label=f"target {curve['target_return']:.0f}")
+        right.fill_between(time, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
+    right.set_xlabel("time (s), as long as a rollout goes on")
+    right.set_ylabel(f"forward velocity (m/s), {curve_label(records[0])}")
+    right.legend(fontsize="small")
+    figure.suptitle(title, fontsize="small")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(file, format="png", dpi=110)
+    plt.close(figure)
+
+
+def make_renderer(env_id: str, width: int, height: int) -> mujoco.Renderer:
+    """MuJoCo's offscreen renderer; exits 2 where no OpenGL works."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # GLFW comments on its own; the line below is enough
+            return mujoco.Renderer(make_env(env_id).model, height, width)
+    except Exception as error:  # each OpenGL backend has kinds of its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        fail(f"--video: MuJoCo finds no OpenGL here ({reason[:80]}); without a screen, set MUJOCO_GL=egl or osmesa")
+
+
+def video(trained: Trained, targets, seed: int, renderer: mujoco.Renderer, file: str, frames: int = 120) -> None:
+    """One episode per raw target return, from the same initial state, side by side as a GIF of at most `frames` pictures."""
+    from PIL import Image, ImageDraw
+
+    task, content = trained.task, trained.content
+    obs_stats = content["obs_mean"], content["obs_std"]
+    K, seeds = content["config"]["context_len"], [seed] * len(targets)
+    result = rollout(trained.policy, task, targets, seeds, K, *obs_stats, keep_qpos=True)
+    env = make_env(task.env_id)
+    stride = -(-int(result.lengths.max()) // frames)
+    pictures = []
+    for t in range(0, int(result.lengths.max()), stride):
+        panels = []
+        for i, target in enumerate(targets):
+            now = min(t, int(result.lengths[i]) - 1)
+            env.data.qpos[:], env.data.qvel[:] = result.qpos[i, now], 0
+            mujoco.mj_forward(env.model, env.data)
+            renderer.update_scene(env.data, camera="track")
+            panel = Image.fromarray(renderer.render())
+            left = target - result.rewards[i, : now + 1].sum()
+            lines = [f"asked for {target:.0f}", f"left {left:.0f}", f"{result.velocities[i, now]:.1f} m/s"]
+            if t > now:
+                lines[2] = f"ended at step {now + 1}"
+            ImageDraw.Draw(panel).multiline_text((6, 4), "\n".join(lines), fill=(255, 255, 255))
+            panels.append(np.asarray(panel))
+        pictures.append(Image.fromarray(np.concatenate(panels, axis=1)).quantize(48))
+    duration = max(20, round(1000 * stride * env.dt))  # ms; real time, where the format allows
+    pictures[0].save(file, format="GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0)
+
+
 def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)
     args = tyro.cli(Args, description=__doc__)
@@ -421,6 +544,8 @@ def main() -> None:
     check_seed(args.seed)
     if args.rollouts < 1 or not args.target_step > 0:
         fail("--rollouts must be at least 1 and --target-step positive")
+    if not np.isfinite(args.video).all():
+        fail(f"--video {' '.join(map(str, args.video))}: target returns must be finite")
     path = (
         Path(args.checkpoint)
         if args.checkpoint
@@ -444,11 +569,13 @@ def main() -> None:
     if not os.access(folder, os.W_OK):
         fail(f"{folder}: cannot write {stem}.json there; copy the checkpoint to a folder of your own")
 
+    renderer = make_renderer(task.env_id, 240, 200) if args.video else None
     if not trained.content.get("finished", True):
         print(f"note: this run is at step {trained.content['step']:,} and not finished")
     targets = target_returns(returns, args.target_step)
     high_targets = task.high_targets if data["is_d4rl"] else tuple(float(returns.max()) * x for x in (1.0, 1.2))
-    records = [sweep(x, targets, high_targets, args.rollouts, args.seed) for x in (trained, *others)]
+    swept = [sweep(x, targets, high_targets, args.rollouts, args.seed) for x in (trained, *others)]
+    records = [record for record, _ in swept]
     result = {
         "dataset": data,
         "rollouts": args.rollouts,
@@ -458,22 +585,14 @@ def main() -> None:
     } | records[0]
     if others:
         result["compare"] = records[1:]
-    files = [folder / f"{stem}.{kind}" for kind in ("json", "csv", "png")]
-    temporary = [f"{file}.{os.getpid()}.tmp" for file in files]  # whole or not at all
-    with open(temporary[0], "w") as f:
-        f.write(json.dumps(result, indent=2, allow_nan=False) + "\n")
-    with open(temporary[1], "w", newline="") as f:
-        writer = csv.DictWriter(f, ["checkpoint", "seed", "kind", *records[0]["sweep"][0]])
-        writer.writeheader()
-        for record in records:
-            for kind in ("sweep", "high_targets"):
-                writer.writerows(
-                    {"checkpoint": record["checkpoint"], "seed": record["seed"], "kind": kind} | row
-                    for row in record[kind]
-                )
-    plot(records, task, returns, f"{data['label']}\n{args.rollouts} rollouts per target", temporary[2])
-    for name, file in zip(temporary, files):
-        os.replace(name, file)
+    rows = [
+        {"checkpoint": record["checkpoint"], "seed": record["seed"], "kind": kind} | row
+        for record in records
+        for kind in ("sweep", "high_targets")
+        for row in record[kind]
+    ]
+    title = f"{data['label']}\n{args.rollouts} rollouts per target"
+    files = write_results(folder, stem, result, rows, lambda file: plot(records, task, returns, title, file))
     for record in records:
         high = ", ".join(
             f"{row['score_mean']:.1f} at target {row['target_return']:.0f}" for row in record["high_targets"]
@@ -481,9 +600,30 @@ def main() -> None:
         summary = f"alignment RMSE {record['alignment_rmse']:.2f}, best score {record['best_score']:.1f}, {high}"
         print(f"{record['checkpoint']}: {summary}")
     print(f"{data['label']}: {files[0]}, {files[1].name}, picture {files[2]}")
+    if args.trajectories:
+        curves, dt = behaviour(records[0], swept[0][1]), make_env(task.env_id).dt
+        lines = [
+            {key: row[key] for key in ("target_return", "velocity_mean", "length_mean")} for row in records[0]["sweep"]
+        ]
+        result = trained.identity() | {
+            "rollouts": args.rollouts,
+            "seconds_per_step": dt,
+            "targets": lines,
+            "over_time": curves,
+        }
+        stem = stem.replace("alignment", "behaviour")
+        files = write_results(
+            folder, stem, result, lines, lambda file: plot_behaviour(records, curves, dt, title, file)
+        )
+        print(f"forward velocity: {files[0]}, {files[1].name}, picture {files[2]}")
+    if args.video:
+        file = folder / f"{stem.replace('alignment', 'video').replace('behaviour', 'video')}.gif"
+        video(trained, args.video, args.seed, renderer, f"{file}.{os.getpid()}.tmp")
+        os.replace(f"{file}.{os.getpid()}.tmp", file)
+        print(f"one episode for each of {len(args.video)} targets: {file}")
 
 
-# ======== shared: setup (the same text in collect_dataset.py, pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
+# ======== shared: setup (the same text in collect_dataset.py, pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
 
 FORMAT = 2  # of the checkpoint files
 HORIZON = 1000  # steps after which Gymnasium and D4RL cut an episode
@@ -525,7 +665,7 @@ def load_checkpoint(path: Path, stage: str) -> dict:
 
 # ======== end of shared: setup ========
 
-# ======== shared: task (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
+# ======== shared: task (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
 
 
 @dataclass(frozen=True)
@@ -755,7 +895,7 @@ def d4rl_file(task: Task) -> Path:
 
 # ======== end of shared: dataset ========
 
-# ======== shared: simulator (the same text in collect_dataset.py, train_qalign_dt.py, evaluate_alignment.py) ========
+# ======== shared: simulator (the same text in collect_dataset.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
 
 BODY_IDS = {"Hopper-v4": "hopper", "HalfCheetah-v4": "halfcheetah", "Walker2d-v4": "walker2d", "Ant-v4": "ant"}
 
@@ -847,27 +987,36 @@ class Simulator:
 
 # ======== end of shared: simulator ========
 
-# ======== shared: rollout (the same text in train_qalign_dt.py, evaluate_alignment.py) ========
+# ======== shared: rollout (the same text in train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
 
 
 class Rollouts(NamedTuple):
-    """One entry per rollout (n)."""
+    """One entry per rollout (n); what is per step (T) is NaN after a rollout's end."""
 
     returns: np.ndarray  # raw, undiscounted
     lengths: np.ndarray  # environment steps
-    velocity: np.ndarray  # mean forward velocity, m/s
+    rewards: np.ndarray  # (n, T)
+    velocities: np.ndarray  # (n, T) forward, m/s
     first_obs: torch.Tensor  # (n, obs_dim) standardised
     first_act: torch.Tensor  # (n, act_dim)
+    qpos: np.ndarray | None  # (n, T, nq) MuJoCo's positions after each step, if asked for
+
+    @property
+    def velocity(self) -> np.ndarray:
+        """(n,) mean forward velocity, m/s."""
+        return np.nanmean(self.velocities, axis=1)
 
 
 @torch.no_grad()
 def rollout(
-    policy: Policy, task: Task, targets, seeds, context_len: int, obs_mean, obs_std, bar=None, stop=None
-) -> Rollouts | None:
+    policy: Policy, task: Task, targets, seeds, context_len: int, obs_mean, obs_std, bar=None, stop=None,
+    horizon: int = HORIZON, reward_function=None, keep_qpos: bool = False,
+) -> Rollouts | None:  # fmt: skip
     """Roll the policy out once per (raw target return, seed), all in lockstep as one batch.
 
     The context is the last context_len steps, padded and masked as in training; the RTG token starts at target /
-    rtg_scale and falls by every reward. A rollout that has ended leaves the batch. None if `stop` was requested.
+    rtg_scale and falls by every reward, the environment's or reward_function(velocities (m,), actions (m, act_dim)). A
+    rollout that has ended leaves the batch. None if `stop` was requested.
     """
     n, K, device = len(targets), context_len, next(policy.parameters()).device
     was_training = policy.training
@@ -875,13 +1024,15 @@ def rollout(
     simulator = Simulator(task.env_id, seeds)
     obs_mean, obs_std = obs_mean.to(device), obs_std.to(device)
     # histories start with K - 1 steps of padding, so that the context of step t is always [t, t + K)
-    history = HORIZON + K - 1
+    history = horizon + K - 1
     rtg, obs, act = (torch.zeros(n, history, *size, device=device) for size in ((), (task.obs_dim,), (task.act_dim,)))
-    timestep = torch.arange(1 - K, HORIZON, device=device)
+    timestep = torch.arange(1 - K, horizon, device=device)
     alive = np.arange(n)
-    returns, lengths, velocity = np.zeros(n), np.zeros(n, dtype=np.int64), np.zeros(n)
+    returns, lengths = np.zeros(n), np.zeros(n, dtype=np.int64)
+    rewards, velocities = np.full((n, horizon), np.nan), np.full((n, horizon), np.nan)
+    qpos = np.full((n, horizon, simulator.model.nq), np.nan) if keep_qpos else None
     observation = simulator.observe(alive)
-    for t in range(HORIZON):
+    for t in range(horizon):
         rows, now, window = torch.as_tensor(alive, device=device), t + K - 1, slice(t, t + K)
         obs[rows, now] = (torch.as_tensor(observation, dtype=torch.float32, device=device) - obs_mean) / obs_std
         remaining = (np.asarray(targets, dtype=np.float64)[alive] - returns[alive]) / task.rtg_scale
@@ -889,10 +1040,15 @@ def rollout(
         times = timestep[window].expand(len(alive), K)
         action = policy.act(rtg[rows, window], obs[rows, window], act[rows, window], times.clamp(min=0), times >= 0)
         act[rows, now] = action
-        observation, reward, terminated, v = simulator.step(alive, action.cpu().numpy().astype(np.float64))
+        action = action.cpu().numpy().astype(np.float64)
+        observation, reward, terminated, velocity = simulator.step(alive, action)
+        if reward_function is not None:
+            reward = reward_function(velocity, action)
         returns[alive] += reward
-        velocity[alive] += v
         lengths[alive] += 1
+        rewards[alive, t], velocities[alive, t] = reward, velocity
+        if keep_qpos:
+            qpos[alive, t] = simulator.qpos[alive]
         alive, observation = alive[~terminated], observation[~terminated]
         if bar is not None:
             bar.update()
@@ -903,7 +1059,7 @@ def rollout(
     policy.train(was_training)
     if stop is not None and stop.requested:
         return None
-    return Rollouts(returns, lengths, velocity / lengths, obs[:, K - 1].clone(), act[:, K - 1].clone())
+    return Rollouts(returns, lengths, rewards, velocities, obs[:, K - 1].clone(), act[:, K - 1].clone(), qpos)
 
 
 # ======== end of shared: rollout ========

@@ -55,7 +55,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train; auto takes CUDA if there is one"""
     compile: bool = False
-    """torch.compile the networks and, on CUDA, replay a step as one CUDA graph (default: on for CUDA, off on CPU)"""
+    """torch.compile the networks and, on CUDA, replay a step as one CUDA graph; without the flag: with CUDA only"""
     method: Literal["sarsa", "iql"] | None = None
     """how the critic is trained (default: iql for AntMaze, sarsa for everything else)"""
     total_steps: int = 2_000_000
@@ -78,7 +78,7 @@ MINI = dict(total_steps=10_000, critic_width=128, lr=3e-4)  # hopper-mini, for t
 GAMMA, EXPECTILE, TARGET_EVERY, HELD_OUT, LOG_EVERY = 0.99, 0.8, 2, 0.05, 1000
 
 
-# ======== shared: critic (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
+# ======== shared: critic (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
 
 
 class Mish(torch.autograd.Function):
@@ -393,7 +393,7 @@ def main() -> None:
     print(f"{folder}/critic.pt")
 
 
-# ======== shared: setup (the same text in collect_dataset.py, pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
+# ======== shared: setup (the same text in collect_dataset.py, pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
 
 FORMAT = 2  # of the checkpoint files
 HORIZON = 1000  # steps after which Gymnasium and D4RL cut an episode
@@ -435,7 +435,7 @@ def load_checkpoint(path: Path, stage: str) -> dict:
 
 # ======== end of shared: setup ========
 
-# ======== shared: task (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
+# ======== shared: task (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class Args:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """the transformer's arithmetic; auto: bfloat16 where the hardware has it. The critic is always float32"""
     compile: bool = False
-    """torch.compile the networks and, on CUDA, replay a step as one CUDA graph (default: on for CUDA, off on CPU)"""
+    """torch.compile the networks and, on CUDA, replay a step as one CUDA graph; without the flag: with CUDA only"""
     critic: str = ""
     """stage 1's critic.pt (default: the one of this env and seed, trained first if it is missing)"""
     critic_steps: int | None = None
@@ -144,7 +144,7 @@ GAMMA, L2, MAX_GRAD_NORM, LOG_EVERY = 0.99, 1e-4, 15.0, 100
 # halfcheetah-medium-expert; a target policy that moves every 5th step only; attention to padding.
 
 
-# ======== shared: policy (the same text in train_qalign_dt.py, evaluate_alignment.py) ========
+# ======== shared: policy (the same text in train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
 
 
 class Dropout(nn.Dropout):
@@ -280,7 +280,7 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 
 # ======== end of shared: policy ========
 
-# ======== shared: critic (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
+# ======== shared: critic (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
 
 
 class Mish(torch.autograd.Function):
@@ -629,7 +629,7 @@ def main() -> None:
         print(f"{folder}/policy_best.pt: score {best:.1f} at a high target, {cfg['eval_rollouts']} rollouts")
 
 
-# ======== shared: setup (the same text in collect_dataset.py, pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
+# ======== shared: setup (the same text in collect_dataset.py, pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
 
 FORMAT = 2  # of the checkpoint files
 HORIZON = 1000  # steps after which Gymnasium and D4RL cut an episode
@@ -671,7 +671,7 @@ def load_checkpoint(path: Path, stage: str) -> dict:
 
 # ======== end of shared: setup ========
 
-# ======== shared: task (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
+# ======== shared: task (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
 
 
 @dataclass(frozen=True)
@@ -1079,7 +1079,7 @@ class CudaGraph:
 
 # ======== end of shared: graph ========
 
-# ======== shared: simulator (the same text in collect_dataset.py, train_qalign_dt.py, evaluate_alignment.py) ========
+# ======== shared: simulator (the same text in collect_dataset.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
 
 BODY_IDS = {"Hopper-v4": "hopper", "HalfCheetah-v4": "halfcheetah", "Walker2d-v4": "walker2d", "Ant-v4": "ant"}
 
@@ -1171,27 +1171,36 @@ class Simulator:
 
 # ======== end of shared: simulator ========
 
-# ======== shared: rollout (the same text in train_qalign_dt.py, evaluate_alignment.py) ========
+# ======== shared: rollout (the same text in train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
 
 
 class Rollouts(NamedTuple):
-    """One entry per rollout (n)."""
+    """One entry per rollout (n); what is per step (T) is NaN after a rollout's end."""
 
     returns: np.ndarray  # raw, undiscounted
     lengths: np.ndarray  # environment steps
-    velocity: np.ndarray  # mean forward velocity, m/s
+    rewards: np.ndarray  # (n, T)
+    velocities: np.ndarray  # (n, T) forward, m/s
     first_obs: torch.Tensor  # (n, obs_dim) standardised
     first_act: torch.Tensor  # (n, act_dim)
+    qpos: np.ndarray | None  # (n, T, nq) MuJoCo's positions after each step, if asked for
+
+    @property
+    def velocity(self) -> np.ndarray:
+        """(n,) mean forward velocity, m/s."""
+        return np.nanmean(self.velocities, axis=1)
 
 
 @torch.no_grad()
 def rollout(
-    policy: Policy, task: Task, targets, seeds, context_len: int, obs_mean, obs_std, bar=None, stop=None
-) -> Rollouts | None:
+    policy: Policy, task: Task, targets, seeds, context_len: int, obs_mean, obs_std, bar=None, stop=None,
+    horizon: int = HORIZON, reward_function=None, keep_qpos: bool = False,
+) -> Rollouts | None:  # fmt: skip
     """Roll the policy out once per (raw target return, seed), all in lockstep as one batch.
 
     The context is the last context_len steps, padded and masked as in training; the RTG token starts at target /
-    rtg_scale and falls by every reward. A rollout that has ended leaves the batch. None if `stop` was requested.
+    rtg_scale and falls by every reward, the environment's or reward_function(velocities (m,), actions (m, act_dim)). A
+    rollout that has ended leaves the batch. None if `stop` was requested.
     """
     n, K, device = len(targets), context_len, next(policy.parameters()).device
     was_training = policy.training
@@ -1199,13 +1208,15 @@ def rollout(
     simulator = Simulator(task.env_id, seeds)
     obs_mean, obs_std = obs_mean.to(device), obs_std.to(device)
     # histories start with K - 1 steps of padding, so that the context of step t is always [t, t + K)
-    history = HORIZON + K - 1
+    history = horizon + K - 1
     rtg, obs, act = (torch.zeros(n, history, *size, device=device) for size in ((), (task.obs_dim,), (task.act_dim,)))
-    timestep = torch.arange(1 - K, HORIZON, device=device)
+    timestep = torch.arange(1 - K, horizon, device=device)
     alive = np.arange(n)
-    returns, lengths, velocity = np.zeros(n), np.zeros(n, dtype=np.int64), np.zeros(n)
+    returns, lengths = np.zeros(n), np.zeros(n, dtype=np.int64)
+    rewards, velocities = np.full((n, horizon), np.nan), np.full((n, horizon), np.nan)
+    qpos = np.full((n, horizon, simulator.model.nq), np.nan) if keep_qpos else None
     observation = simulator.observe(alive)
-    for t in range(HORIZON):
+    for t in range(horizon):
         rows, now, window = torch.as_tensor(alive, device=device), t + K - 1, slice(t, t + K)
         obs[rows, now] = (torch.as_tensor(observation, dtype=torch.float32, device=device) - obs_mean) / obs_std
         remaining = (np.asarray(targets, dtype=np.float64)[alive] - returns[alive]) / task.rtg_scale
@@ -1213,10 +1224,15 @@ def rollout(
         times = timestep[window].expand(len(alive), K)
         action = policy.act(rtg[rows, window], obs[rows, window], act[rows, window], times.clamp(min=0), times >= 0)
         act[rows, now] = action
-        observation, reward, terminated, v = simulator.step(alive, action.cpu().numpy().astype(np.float64))
+        action = action.cpu().numpy().astype(np.float64)
+        observation, reward, terminated, velocity = simulator.step(alive, action)
+        if reward_function is not None:
+            reward = reward_function(velocity, action)
         returns[alive] += reward
-        velocity[alive] += v
         lengths[alive] += 1
+        rewards[alive, t], velocities[alive, t] = reward, velocity
+        if keep_qpos:
+            qpos[alive, t] = simulator.qpos[alive]
         alive, observation = alive[~terminated], observation[~terminated]
         if bar is not None:
             bar.update()
@@ -1227,7 +1243,7 @@ def rollout(
     policy.train(was_training)
     if stop is not None and stop.requested:
         return None
-    return Rollouts(returns, lengths, velocity / lengths, obs[:, K - 1].clone(), act[:, K - 1].clone())
+    return Rollouts(returns, lengths, rewards, velocities, obs[:, K - 1].clone(), act[:, K - 1].clone(), qpos)
 
 
 # ======== end of shared: rollout ========

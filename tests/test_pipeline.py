@@ -16,6 +16,7 @@ import pretrain_q as stage1
 import pytest
 import torch
 import train_qalign_dt as stage2
+import transfer_cheetah_vel  # noqa: F401 (test_help)
 from conftest import TINY1, TINY2, write_hdf5
 
 ROOT = Path(stage2.__file__).parent
@@ -648,7 +649,9 @@ def test_a_child_s_error_is_its_own_and_a_missing_child_names_the_flag(tmp_path,
     assert not (tmp_path / "alone" / "runs").exists()
 
 
-@pytest.mark.parametrize("stage", ["collect_dataset", "pretrain_q", "train_qalign_dt", "evaluate_alignment"])
+@pytest.mark.parametrize(
+    "stage", ["collect_dataset", "pretrain_q", "train_qalign_dt", "evaluate_alignment", "transfer_cheetah_vel"]
+)
 def test_help_has_a_text_for_every_flag(stage):
     out = subprocess.run(
         [sys.executable, str(ROOT / f"{stage}.py"), "--help"],

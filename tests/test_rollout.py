@@ -71,13 +71,13 @@ def test_rollout_equals_one_environment_at_a_time(policy):
     task, K = stage2.parse_env("hopper-medium-test"), 5
     mean, std = torch.linspace(-0.1, 0.1, 11), torch.linspace(0.8, 1.2, 11)
     targets, seeds = [500.0, 3000.0, 3000.0], [0, 0, 7]
-    result = stage2.rollout(policy, task, targets, seeds, K, mean, std)
+    result = stage2.rollout(policy, task, targets, seeds, K, mean, std, keep_qpos=True)
     assert policy.training  # left as it was
     policy.eval()
     for j in range(3):
         env = stage2.make_env(task.env_id)
         observation, _ = env.reset(seed=seeds[j])
-        rtg, obs, act, total, rewards = [targets[j] / 1000], [], [], 0.0, []
+        rtg, obs, act, total, steps = [targets[j] / 1000], [], [], 0.0, []
         for t in range(stage2.HORIZON):
             obs.append((torch.as_tensor(observation, dtype=torch.float32) - mean) / std)
             act.append(torch.zeros(3))
@@ -93,14 +93,17 @@ def test_rollout_equals_one_environment_at_a_time(policy):
                 )
             act[-1] = a[0, -1]
             observation, reward, terminated, _, info = env.step(a[0, -1].numpy().astype(np.float64))
-            rewards.append(info["x_velocity"])
+            steps.append((reward, info["x_velocity"], *env.data.qpos))
             total += reward
             rtg.append(rtg[-1] - reward / 1000)
             if terminated:
                 break
         assert result.lengths[j] == t + 1 > K
         assert result.returns[j] == pytest.approx(total, abs=1e-3)
-        assert result.velocity[j] == pytest.approx(np.mean(rewards), abs=1e-4)
+        assert result.velocity[j] == pytest.approx(np.mean([v for _, v, *_ in steps]), abs=1e-4)
+        per_step = np.column_stack([result.rewards[j], result.velocities[j], result.qpos[j]])
+        np.testing.assert_allclose(per_step[: t + 1], steps, rtol=0, atol=1e-3)
+        assert np.isnan(per_step[t + 1 :]).all()
         torch.testing.assert_close(result.first_obs[j], obs[0])
         torch.testing.assert_close(result.first_act[j], act[0], rtol=1e-4, atol=1e-5)
     assert result.returns[0] != result.returns[1]  # the target matters
