@@ -1,0 +1,502 @@
+"""The paper's claims, each tested by a list of runs (Sec. 6, App. E): which, on what, with which seeds.
+
+    python benchmark.py components --workers 2
+
+A study is a set of variants of stage 2 (flags), each trained and swept once per seed by the stage scripts, as processes.
+What is finished is never run again, what was killed goes on where it was, and a run that fails stops no other. Writes
+<results-dir>/records/<run>.json per run and, per study, <study>__<env>.md, .csv and .png: every seed's value, the mean and
+SciPy's percentile bootstrap interval. Order of the file: Args, studies, one run, all runs, tables, main.
+"""
+
+import csv
+import ctypes
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+Q_ALIGN = ("train_qalign_dt", "")  # experiment name and flags of the method itself; every study shares its runs
+
+
+@dataclass(frozen=True)
+class Study:
+    """Variants (label -> experiment name, flags of stage 2); the first is what the others are compared with."""
+
+    claim: str
+    variants: dict
+    seeds: tuple[int, ...]
+
+
+STUDIES = {
+    "components": Study(
+        "alignment loss and convolution: both are best, the loss matters most (Tables 4, E.17)",
+        {
+            "Q-Align DT": Q_ALIGN,
+            "DT + alignment": ("dt_alignment", "--no-conv"),
+            "DT + conv": ("dt_conv", "--lambda-e 0"),
+            "DT": ("dt", "--lambda-e 0 --no-conv"),
+        },
+        (1, 2, 3),
+    ),
+    "critic": Study(
+        "a fixed critic, or one without raised requests, fails at low targets (Table E.10, Figure 2)",
+        {
+            "Q-Align DT": Q_ALIGN,
+            "fixed critic": ("fixed_critic", "--no-update-q"),
+            "Delta_RTG 0": ("delta_rtg_0", "--delta-rtg 0"),
+            "Delta_RTG 10": ("delta_rtg_10", "--delta-rtg 10"),
+        },
+        (1, 2),
+    ),
+    "loss": Study(
+        "the symmetric penalty is unstable, the squared one changes little (Table E.11)",
+        {
+            "one-sided": Q_ALIGN,
+            "symmetric": ("symmetric", "--alignment symmetric"),
+            "squared": ("squared", "--alignment squared"),
+        },
+        (1, 2),
+    ),
+    "sigma": Study(
+        "sigma_e is uncritical above a small value (Table E.12)",
+        {"Q-Align DT": Q_ALIGN} | {f"sigma_e {x:g}": (f"sigma_{x:g}", f"--sigma-e {x:g}") for x in (0.1, 0.5, 2, 10)},
+        (1, 2),
+    ),
+    "lambda": Study(
+        "without the alignment loss the score is low, above some lambda_e it no longer depends on it (Table E.14)",
+        {"Q-Align DT": Q_ALIGN, "lambda_e 0": ("dt_conv", "--lambda-e 0")}
+        | {f"lambda_e {x:g}": (f"lambda_{x:g}", f"--lambda-e {x:g}") for x in (0.005, 0.05, 0.3)},
+        (1, 2),
+    ),
+    "noise": Study(
+        "noise on the target critic is tolerated (Table E.13)",
+        {"Q-Align DT": Q_ALIGN} | {f"sigma_n {x:g}": (f"noise_{x:g}", f"--q-noise {x:g}") for x in (1, 10, 50)},
+        (1, 2),
+    ),
+    "spearman": Study("Q ranks realised returns (Table E.19)", {"Q-Align DT": Q_ALIGN}, (1, 2, 3)),
+}
+
+
+@dataclass
+class Args:
+    studies: tyro.conf.Positional[tuple[str, ...]]
+    """which of components, critic, loss, sigma, lambda, noise, spearman; runs that several share are run once"""
+    env: str = "hopper-mini"
+    """the dataset, as in the stages"""
+    dataset_path: tuple[str, ...] = ()
+    """its HDF5 file(s), as in the stages"""
+    seeds: tuple[int, ...] = ()
+    """seeds instead of the study's own"""
+    workers: int = 1
+    """runs at a time; the CPU cores are shared out among them, and CUDA devices in turn"""
+    critic_flags: str = ""
+    """further flags of pretrain_q.py for every run, as one string: --critic-flags='--critic-width 128'"""
+    train_flags: str = ""
+    """further flags of train_qalign_dt.py for every run, in the same way"""
+    rollouts: int = 10
+    """episodes per target return of the sweep"""
+    target_step: float = 100.0
+    """distance of two target returns of the sweep, raw"""
+    runs_dir: str = "runs"
+    """folder of all runs"""
+    results_dir: str = "results"
+    """folder of records, tables and figures"""
+    ray: str = ""
+    """address of a Ray cluster ("local" starts one here) that shares this folder; needs the package ray"""
+
+
+def fail(message: str, code: int = 2):
+    """One line on stderr that says what is wrong, where, and what to do; then exit."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One variant with one seed: stages 1 to 3 as commands, and the record they leave."""
+
+    exp_name: str
+    flags: str
+    seed: int
+    args: Args
+
+    @property
+    def name(self) -> str:
+        return f"{self.args.env}__{self.exp_name}__{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.args.runs_dir) / self.name
+
+    @property
+    def record_file(self) -> Path:
+        return Path(self.args.results_dir) / "records" / f"{self.name}.json"
+
+    def definition(self) -> dict:
+        """What makes a record the one of this run; stored in it."""
+        a = self.args
+        files = [Path(p).name for p in a.dataset_path]
+        flags = [self.flags, a.train_flags, a.critic_flags]
+        return {"run": self.name, "files": files, "flags": flags, "rollouts": a.rollouts, "target_step": a.target_step}
+
+    def record(self) -> dict | None:
+        """The record, if the run is finished; exits 2 on one of other flags, which would be lost."""
+        if not self.record_file.exists():
+            return None
+        try:
+            record = json.loads(self.record_file.read_text())
+        except ValueError:
+            fail(f"{self.record_file}: not a record of this program; remove it")
+        if record.get("definition") != self.definition():
+            fail(
+                f"{self.record_file} is of other flags or data; give another --results-dir and --runs-dir, or remove it"
+            )
+        return record
+
+    def stage(self, script: str, *flags: str) -> list[str]:
+        a = self.args
+        where = ["--env", a.env, "--seed", str(self.seed), "--runs-dir", a.runs_dir]
+        return [sys.executable, str(HERE / script), *where, *flags]
+
+    def stages(self) -> list[tuple[str, list[str]]]:
+        """Name and command of each, in order. A run without alignment loss (lambda_e 0) has no critic."""
+        a = self.args
+        data = ["--dataset-path", *a.dataset_path] if a.dataset_path else []
+        train = [*shlex.split(a.train_flags), *shlex.split(self.flags)]
+        weights = [float(value) for flag, value in zip(train, train[1:]) if flag == "--lambda-e"]
+        stages = [
+            ("critic", self.stage("pretrain_q.py", *data, *shlex.split(a.critic_flags))),
+            ("training", self.stage("train_qalign_dt.py", *data, *train, "--exp-name", self.exp_name)),
+        ]
+        for what, policy in (("sweep", "policy.pt"), ("sweep of the best checkpoint", "policy_best.pt")):
+            sweep = ["--rollouts", str(a.rollouts), "--target-step", str(a.target_step)]
+            stages.append(
+                (what, self.stage("evaluate_alignment.py", "--checkpoint", str(self.folder / policy), *sweep))
+            )
+        return stages[1:] if weights and weights[-1] == 0 else stages
+
+
+def die_with_parent() -> None:
+    """In a new process: end with this one, even if it is killed; else its run would stay locked."""
+    if LIBC is not None:
+        LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # opened before any fork
+
+
+class Pool:
+    """The processes that are running, so that all can be asked to stop."""
+
+    def __init__(self):
+        self.stopped, self.processes, self.lock = False, set(), threading.Lock()
+
+    def call(self, command: list[str], log: Path, environment: dict) -> int:
+        with self.lock:
+            if self.stopped:
+                return 130
+            with open(log, "ab") as f:
+                process = subprocess.Popen(
+                    command, stdout=f, stderr=f, env=environment, start_new_session=True, preexec_fn=die_with_parent
+                )
+            self.processes.add(process)
+        try:
+            return process.wait()
+        finally:
+            self.processes.discard(process)
+
+    def stop(self, *_) -> None:
+        """The stages save and end; what has not begun does not begin."""
+        self.stopped = True
+        for process in list(self.processes):
+            process.send_signal(signal.SIGINT)
+
+
+def perform(run: Run, pool: Pool, environment: dict, say=lambda text: None) -> dict:
+    """Run the stages of one run, which go on where they were, and write its record. Returns it, or {"failed": why}."""
+    runs_dir = Path(run.args.runs_dir)
+    log, critic = runs_dir / "logs" / f"{run.name}.log", runs_dir / f"{run.args.env}__pretrain_q__{run.seed}"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    seconds, stages = {}, run.stages()
+    for what, command in stages:
+        if what == "sweep of the best checkpoint" and not (run.folder / "policy_best.pt").exists():
+            continue  # there were no evaluations in training
+        say(what)
+        folder = critic if what == "critic" else run.folder
+        # stage 1 is shared by all variants of a seed: one of them trains it, the others wait
+        with filelock.FileLock(log.with_name(f"{folder.name}.lock")):
+            start, began = time.monotonic(), (folder / "resume.pt").exists()
+            code = pool.call(command, log, environment)
+            took = round(time.monotonic() - start, 1)
+            seconds[what] = None if began and "sweep" not in what else took  # the time of a part would say nothing
+        if pool.stopped:
+            return {"failed": "stopped"}
+        if code:
+            lines = [line for line in log.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
+            return {"failed": f"{what} ended with code {code}: {lines[-1] if lines else 'no output'} (log: {log})"}
+    alignment, best = (
+        json.loads((run.folder / f"{stem}.json").read_text()) for stem in ("alignment", "alignment_best")
+    )
+    report = json.loads((critic / "report.json").read_text()) if stages[0][0] == "critic" else None
+    record = {
+        "definition": run.definition(),
+        "commands": [shlex.join(["python", Path(command[1]).name, *command[2:]]) for _, command in stages],
+        "seconds": seconds,
+        "threads": environment.get("OMP_NUM_THREADS"),
+        "critic": report,
+        "alignment": alignment,
+        "alignment_best": best,
+    }
+    run.record_file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = f"{run.record_file}.{os.getpid()}.tmp"
+    Path(temporary).write_text(json.dumps(record, allow_nan=False) + "\n")
+    os.replace(temporary, run.record_file)
+    return record
+
+
+def steps_done(run: Run) -> int:
+    """Gradient steps of stage 2 so far, as its metrics.csv tells."""
+    try:
+        last = (run.folder / "metrics.csv").read_text().splitlines()[-1]
+        return int(last.split(",")[0])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def perform_all(runs: list[Run], workers: int) -> dict[str, dict]:
+    """All runs that have no record yet, `workers` at a time, with one progress line each; name -> record or failure."""
+    pool, environments = Pool(), []
+    gpus = [x for x in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x] or cuda_devices()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for i in range(workers):
+        share = {"OMP_NUM_THREADS": str(max(1, cores // workers))}
+        environments.append(os.environ | share | ({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {}))
+    free, state = list(range(workers)), {run.name: "waiting" for run in runs}
+    previous = [signal.signal(n, pool.stop) for n in (signal.SIGINT, signal.SIGTERM)]
+
+    def work(run: Run) -> dict:
+        slot = free.pop()
+        try:
+            return perform(run, pool, environments[slot], lambda what: state.update({run.name: what}))
+        except Exception as error:  # a full disk, say, concerns this run only
+            return {"failed": f"{type(error).__name__}: {error}"}
+        finally:
+            free.append(slot)
+
+    with ThreadPoolExecutor(workers) as executor:
+        futures = {run.name: executor.submit(work, run) for run in runs}
+        bars, ended = {}, set()
+        while len(ended) < len(runs):
+            time.sleep(0.5)
+            for run in runs:
+                name, future = run.name, futures[run.name]
+                if name in ended or state[name] == "waiting":
+                    continue
+                if name not in bars:
+                    bars[name] = tqdm(unit="step", desc=name, dynamic_ncols=True)
+                bars[name].n = steps_done(run)
+                bars[name].set_postfix_str(state[name])
+                if future.done():
+                    ended.add(name)
+                    bars[name].set_postfix_str(future.result().get("failed") or "done")
+                    bars[name].close()
+            if pool.stopped and all(future.done() for future in futures.values()):
+                break
+        results = {name: future.result() for name, future in futures.items()}
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), previous):
+        signal.signal(number, handler)
+    return results
+
+
+def cuda_devices() -> list[str]:
+    """Their numbers, asked of a process of its own: this one needs no torch."""
+    command = [sys.executable, "-c", "import torch; print(*range(torch.cuda.device_count()))"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.split()
+
+
+def perform_on_ray(runs: list[Run], address: str) -> dict[str, dict]:
+    """The same on a Ray cluster whose machines share this folder: one CPU slot a run; Ray places and restarts them."""
+    try:
+        import ray
+    except ImportError:
+        fail("--ray needs the package ray: pip install ray")
+    ray.init(**({} if address == "local" else {"address": address}))
+
+    @ray.remote(num_cpus=1, max_retries=3)
+    def remote(run: Run, folder: str) -> dict:
+        os.chdir(folder)
+        return perform(run, Pool(), os.environ | {"OMP_NUM_THREADS": "1"})
+
+    waiting, results = {remote.remote(run, os.getcwd()): run for run in runs}, {}
+    with tqdm(total=len(runs), unit="run", dynamic_ncols=True) as bar:
+        while waiting:
+            (done,), _ = ray.wait(list(waiting), num_returns=1)
+            run = waiting.pop(done)
+            try:
+                results[run.name] = ray.get(done)
+            except Exception as error:  # whatever happened there concerns this run only
+                results[run.name] = {"failed": str(error).splitlines()[-1]}
+            bar.write(f"{run.name}: {results[run.name].get('failed') or 'done'}")
+            bar.update()
+    ray.shutdown()
+    return results
+
+
+COLUMNS = {  # of the tables: heading -> value of a record
+    "alignment RMSE": lambda r: r["alignment"]["alignment_rmse"],
+    "best score of the sweep": lambda r: r["alignment"]["best_score"],
+    "score at the highest return": lambda r: r["alignment"]["high_targets"][0]["score_mean"],
+    "best checkpoint: RMSE": lambda r: r["alignment_best"] and r["alignment_best"]["alignment_rmse"],
+    "best checkpoint: score at the highest return": lambda r: (
+        r["alignment_best"] and r["alignment_best"]["high_targets"][0]["score_mean"]
+    ),
+    "Spearman of target and return": lambda r: r["alignment"]["spearman_target_vs_real"],
+    "Spearman of Q and return": lambda r: r["alignment"]["spearman_q_vs_return"],
+    "minutes of training": lambda r: r["seconds"].get("training") and r["seconds"]["training"] / 60,
+}
+
+
+def interval(values: list[float]) -> str:
+    """SciPy's 95% percentile bootstrap interval of the mean, for two values or more."""
+    from scipy.stats import bootstrap  # imported here: it takes a while
+
+    if len(values) < 2 or np.ptp(values) == 0:
+        return ""
+    ci = bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
+    return f" [{ci.low:.2f}, {ci.high:.2f}]"
+
+
+def table(study: Study, records: dict[str, dict[int, dict]]) -> list[str]:
+    """Markdown: a row per variant, each cell with all seeds' values, their mean and its interval."""
+    lines = ["| variant | seeds | " + " | ".join(COLUMNS) + " |", "|" + "---|" * (len(COLUMNS) + 2)]
+    for label, by_seed in records.items():
+        cells = []
+        for value in COLUMNS.values():
+            values = [x for x in (value(record) for record in by_seed.values()) if x is not None]
+            each = ", ".join(f"{x:.2f}" for x in values)
+            cells.append(f"**{np.mean(values):.2f}**{interval(values)} ({each})" if values else "-")
+        lines.append(f"| {label} | {', '.join(map(str, by_seed))} | " + " | ".join(cells) + " |")
+    first, *others = records
+    for label in others:
+        pairs = [(records[first][s], records[label][s]) for s in records[label] if s in records[first]]
+        worse = sum(COLUMNS["alignment RMSE"](b) > COLUMNS["alignment RMSE"](a) for a, b in pairs)
+        lower = sum(COLUMNS["best score of the sweep"](b) < COLUMNS["best score of the sweep"](a) for a, b in pairs)
+        lines += [
+            "",
+            f"{label} against {first}: RMSE higher in {worse}, best score lower in {lower} of {len(pairs)} seeds.",
+        ]
+    return lines
+
+
+def plot(study: Study, records: dict[str, dict[int, dict]], title: str, file: Path) -> None:
+    """Achieved against target score, every seed of every variant."""
+    import matplotlib  # imported here: it takes a while
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 5.5), layout="constrained")
+    for i, (label, by_seed) in enumerate(records.items()):
+        for j, record in enumerate(by_seed.values()):
+            x, y = ([row[k] for row in record["alignment"]["sweep"]] for k in ("target_score", "score_mean"))
+            axes.plot(x, y, color=f"C{i}", linewidth=1.2, alpha=0.8, label=label if j == 0 else None)
+    axes.plot([min(x), max(x)], [min(x), max(x)], "--", color="0.5", linewidth=1, label="achieved = target")
+    axes.set_xlabel("target score (0: random, 100: expert)")
+    axes.set_ylabel("achieved score (mean of the rollouts; a line per seed)")
+    axes.set_title(title, fontsize="small")
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    temporary = f"{file}.{os.getpid()}.tmp"
+    figure.savefig(temporary, format="png", dpi=110)
+    os.replace(temporary, file)
+    plt.close(figure)
+
+
+def summarise(name: str, args: Args, records: dict[str, dict[int, dict]]) -> Path:
+    """Write a study's .md, .csv and .png."""
+    study, stem = STUDIES[name], Path(args.results_dir) / f"{name}__{args.env}"
+    alignment = next(iter(next(iter(records.values())).values()))["alignment"]
+    data, steps, targets = alignment["trained_on"]["label"], alignment["total_steps"], len(alignment["sweep"])
+    lines = [f"# {name}: {study.claim}", ""]
+    lines += [
+        f"{data}. {steps:,} gradient steps; {targets} target returns, {args.rollouts} rollouts each; policies of the last"
+    ]
+    lines += [
+        "step where nothing else is said; scores in D4RL points. Cells: **mean** [95% bootstrap interval] (each seed).",
+        "",
+    ]
+    lines += [
+        *table(study, records),
+        "",
+        f"![curves]({stem.name}.png)",
+        "",
+        "Commands of each variant's first seed:",
+        "",
+        "```",
+    ]
+    lines += [command for by_seed in records.values() for command in next(iter(by_seed.values()))["commands"]]
+    Path(f"{stem}.md").write_text("\n".join([*lines, "```", ""]))
+    with open(f"{stem}.csv", "w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(["variant", "seed", *COLUMNS])
+        for label, by_seed in records.items():
+            for seed, record in by_seed.items():
+                writer.writerow([label, seed, *(value(record) for value in COLUMNS.values())])
+    title = f"{name}: {data}, {steps:,} steps, {args.rollouts} rollouts per target"
+    plot(study, records, title, Path(f"{stem}.png"))
+    return Path(f"{stem}.md")
+
+
+def main() -> None:
+    sys.stdout.reconfigure(line_buffering=True)
+    args = tyro.cli(Args, description=__doc__)
+    if not args.studies or (unknown := set(args.studies) - set(STUDIES)):
+        fail(
+            f"unknown study {', '.join(sorted(unknown)) if args.studies else '(none named)'}: choose of {', '.join(STUDIES)}"
+        )
+    if args.workers < 1 or args.rollouts < 1:
+        fail("--workers and --rollouts must be at least 1")
+    wanted = {
+        name: {
+            label: {seed: Run(exp_name, flags, seed, args) for seed in args.seeds or STUDIES[name].seeds}
+            for label, (exp_name, flags) in STUDIES[name].variants.items()
+        }
+        for name in args.studies
+    }
+    runs = {run.name: run for variants in wanted.values() for seeds in variants.values() for run in seeds.values()}
+    results = {name: record for name, run in runs.items() if (record := run.record())}
+    missing = [run for name, run in runs.items() if name not in results]
+    print(f"{len(runs)} runs, {len(results)} of them finished before")
+    if missing:
+        results |= perform_on_ray(missing, args.ray) if args.ray else perform_all(missing, args.workers)
+    failed = {name: result["failed"] for name, result in results.items() if "failed" in result}
+    for name, variants in wanted.items():
+        records = {
+            label: {seed: results[run.name] for seed, run in seeds.items() if run.name not in failed}
+            for label, seeds in variants.items()
+        }
+        records = {label: by_seed for label, by_seed in records.items() if by_seed}
+        if records:
+            print(f"{name}: {summarise(name, args, records)}")
+    for name, why in failed.items():
+        print(f"{name}: {why}", file=sys.stderr)
+    if failed:
+        stopped = all(why == "stopped" for why in failed.values())
+        fail(f"{len(failed)} of {len(runs)} runs are missing; the same command goes on", code=130 if stopped else 1)
+
+
+if __name__ == "__main__":
+    main()
