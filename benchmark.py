@@ -247,9 +247,8 @@ def perform(run: Run, pool: Pool, environment: dict, say=lambda text: None) -> d
         if code:
             lines = [line for line in log.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
             return {"failed": f"{what} ended with code {code}: {lines[-1] if lines else 'no output'} (log: {log})"}
-    alignment, best = (
-        json.loads((run.folder / f"{stem}.json").read_text()) for stem in ("alignment", "alignment_best")
-    )
+    files = (run.folder / "alignment.json", run.folder / "alignment_best.json")
+    alignment, best = (json.loads(file.read_text()) if file.exists() else None for file in files)
     report = json.loads((critic / "report.json").read_text()) if stages[0][0] == "critic" else None
     record = {
         "definition": run.definition(),
