@@ -10,6 +10,8 @@ SciPy's percentile bootstrap interval. Order of the file: Args, studies, one run
 
 import csv
 import ctypes
+import hashlib
+import io
 import json
 import os
 import shlex
@@ -107,7 +109,7 @@ class Args:
     train_flags: str = ""
     """further flags of train_qalign_dt.py for every run, in the same way"""
     rollouts: int = 10
-    """episodes per target return of the sweep"""
+    """episodes per target return of the sweep (App. D.6: 30; fewer add noise to the alignment error)"""
     target_step: float = 100.0
     """distance of two target returns of the sweep, raw"""
     runs_dir: str = "runs"
@@ -148,22 +150,24 @@ class Run:
     def definition(self) -> dict:
         """What makes a record the one of this run; stored in it."""
         a = self.args
-        files = [Path(p).name for p in a.dataset_path]
-        flags = [self.flags, a.train_flags, a.critic_flags]
-        return {"run": self.name, "files": files, "flags": flags, "rollouts": a.rollouts, "target_step": a.target_step}
+        paths = [Path(p) for p in a.dataset_path] or [HERE / "data" / f"{a.env}.hdf5"]  # D4RL's files do not change
+        data = {p.name: hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in paths if p.is_file()}
+        flags = dict(flags=self.flags, train_flags=a.train_flags, critic_flags=a.critic_flags)
+        return dict(run=self.name, data=data, **flags, rollouts=a.rollouts, target_step=a.target_step)
 
     def record(self) -> dict | None:
-        """The record, if the run is finished; exits 2 on one of other flags, which would be lost."""
+        """The record, if the run is finished; exits 2 on one of another definition, which would be lost."""
         if not self.record_file.exists():
             return None
         try:
             record = json.loads(self.record_file.read_text())
-        except ValueError:
+            theirs, ours = record["definition"], self.definition()
+        except (ValueError, KeyError, TypeError):
             fail(f"{self.record_file}: not a record of this program; remove it")
-        if record.get("definition") != self.definition():
-            fail(
-                f"{self.record_file} is of other flags or data; give another --results-dir and --runs-dir, or remove it"
-            )
+        if differs := [key for key in ours if theirs.get(key) != ours[key]]:
+            said = "; ".join(f"{key} {theirs.get(key)!r} there, {ours[key]!r} here" for key in differs)
+            trained = " and --runs-dir" if set(differs) - {"rollouts", "target_step"} else ""
+            fail(f"{self.record_file}: {said}; choose another --results-dir{trained}, or remove it")
         return record
 
     def stage(self, script: str, *flags: str) -> list[str]:
@@ -190,12 +194,9 @@ class Run:
 
 
 def die_with_parent() -> None:
-    """In a new process: end with this one, even if it is killed; else its run would stay locked."""
-    if LIBC is not None:
-        LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # opened before any fork
+    """In a new process: end with this one, even if it is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 class Pool:
@@ -220,50 +221,67 @@ class Pool:
 
     def stop(self, *_) -> None:
         """The stages save and end; what has not begun does not begin."""
-        self.stopped = True
-        for process in list(self.processes):
-            process.send_signal(signal.SIGINT)
+        with self.lock:  # held by other threads only, and briefly
+            self.stopped = True
+            for process in list(self.processes):
+                process.send_signal(signal.SIGINT)
+
+    def hold(self, file: Path) -> filelock.AcquireReturnProxy:
+        """`with` this: the lock, as soon as no other process has it; raises filelock.Timeout once stopped."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return filelock.FileLock(file).acquire(cancel_check=lambda: self.stopped)
 
 
 def perform(run: Run, pool: Pool, environment: dict, say=lambda text: None) -> dict:
     """Run the stages of one run, which go on where they were, and write its record. Returns it, or {"failed": why}."""
     runs_dir = Path(run.args.runs_dir)
-    log, critic = runs_dir / "logs" / f"{run.name}.log", runs_dir / f"{run.args.env}__pretrain_q__{run.seed}"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    seconds, stages = {}, run.stages()
-    for what, command in stages:
-        if what == "sweep of the best checkpoint" and not (run.folder / "policy_best.pt").exists():
-            continue  # there were no evaluations in training
-        say(what)
-        folder = critic if what == "critic" else run.folder
-        # stage 1 is shared by all variants of a seed: one of them trains it, the others wait
-        with filelock.FileLock(log.with_name(f"{folder.name}.lock")):
-            start, began = time.monotonic(), (folder / "resume.pt").exists()
-            code = pool.call(command, log, environment)
-            took = round(time.monotonic() - start, 1)
-            seconds[what] = None if began and "sweep" not in what else took  # the time of a part would say nothing
-        if pool.stopped:
-            return {"failed": "stopped"}
-        if code:
-            lines = [line for line in log.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
-            return {"failed": f"{what} ended with code {code}: {lines[-1] if lines else 'no output'} (log: {log})"}
-    files = (run.folder / "alignment.json", run.folder / "alignment_best.json")
-    alignment, best = (json.loads(file.read_text()) if file.exists() else None for file in files)
-    report = json.loads((critic / "report.json").read_text()) if stages[0][0] == "critic" else None
-    record = {
-        "definition": run.definition(),
-        "commands": [shlex.join(["python", Path(command[1]).name, *command[2:]]) for _, command in stages],
-        "seconds": seconds,
-        "threads": environment.get("OMP_NUM_THREADS"),
-        "critic": report,
-        "alignment": alignment,
-        "alignment_best": best,
-    }
-    run.record_file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = f"{run.record_file}.{os.getpid()}.tmp"
-    Path(temporary).write_text(json.dumps(record, allow_nan=False) + "\n")
-    os.replace(temporary, run.record_file)
-    return record
+    logs, critic = runs_dir / "logs", runs_dir / f"{run.args.env}__pretrain_q__{run.seed}"
+    log, seconds, stages = logs / f"{run.name}.log", {}, run.stages()
+    try:
+        with pool.hold(logs / f"{run.name}.lock"):
+            if record := run.record():  # another process has just finished it
+                return record
+            for what, command in stages:
+                folder = critic if what == "critic" else run.folder
+                if what == "sweep of the best checkpoint" and not (folder / "policy_best.pt").exists():
+                    continue  # there were no evaluations in training
+                say(what)
+                # stage 1 is shared by all variants of a seed: one of them trains it, the others wait
+                with pool.hold(logs / f"{folder.name}__{what.split()[0]}.lock"):
+                    with pool.hold(folder / ".lock"):
+                        pass  # a stage whose benchmark was killed may still have been saving
+                    start, began = time.monotonic(), (folder / "resume.pt").exists()
+                    code = pool.call(command, log, environment)
+                    took = round(time.monotonic() - start, 1)
+                    seconds[what] = None if began and "sweep" not in what else took  # the time of a part says nothing
+                if pool.stopped:
+                    return {"failed": "stopped"}
+                if code:
+                    lines = log.read_text(errors="replace").replace("\r", "\n").strip().splitlines() or ["no output"]
+                    return {"failed": f"{what} ended with code {code}: {lines[-1]} (log: {log})"}
+            files = run.folder / "alignment.json", run.folder / "alignment_best.json", critic / "report.json"
+            alignment, best, report = (json.loads(file.read_text()) if file.exists() else None for file in files)
+            record = {
+                "definition": run.definition(),
+                "commands": [shlex.join(["python", Path(command[1]).name, *command[2:]]) for _, command in stages],
+                "seconds": seconds,
+                "threads": environment.get("OMP_NUM_THREADS"),
+                "critic": report if stages[0][0] == "critic" else None,
+                "alignment": alignment,
+                "alignment_best": best,
+            }
+            run.record_file.parent.mkdir(parents=True, exist_ok=True)
+            write(run.record_file, json.dumps(record, allow_nan=False) + "\n")
+            return record
+    except filelock.Timeout:
+        return {"failed": "stopped"}
+
+
+def write(file: Path, text: str) -> None:
+    """Whole, or not at all."""
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, file)
 
 
 def steps_done(run: Run) -> int:
@@ -290,7 +308,7 @@ def perform_all(runs: list[Run], workers: int) -> dict[str, dict]:
         slot = free.pop()
         try:
             return perform(run, pool, environments[slot], lambda what: state.update({run.name: what}))
-        except Exception as error:  # a full disk, say, concerns this run only
+        except (Exception, SystemExit) as error:  # a full disk, say, concerns this run only
             return {"failed": f"{type(error).__name__}: {error}"}
         finally:
             free.append(slot)
@@ -305,7 +323,9 @@ def perform_all(runs: list[Run], workers: int) -> dict[str, dict]:
                 if name in ended or state[name] == "waiting":
                     continue
                 if name not in bars:
-                    bars[name] = tqdm(unit="step", desc=name, dynamic_ncols=True)
+                    bars[name] = tqdm(
+                        unit="step", desc=name, dynamic_ncols=True, bar_format="{desc}: {n} steps, {elapsed}{postfix}"
+                    )
                 bars[name].n = steps_done(run)
                 bars[name].set_postfix_str(state[name])
                 if future.done():
@@ -332,9 +352,10 @@ def perform_on_ray(runs: list[Run], address: str) -> dict[str, dict]:
         import ray
     except ImportError:
         fail("--ray needs the package ray: pip install ray")
-    ray.init(**({} if address == "local" else {"address": address}))
+    ray.init(address=address)
+    gpus = 1 if ray.cluster_resources().get("GPU") else 0
 
-    @ray.remote(num_cpus=1, max_retries=3)
+    @ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)
     def remote(run: Run, folder: str) -> dict:
         os.chdir(folder)
         return perform(run, Pool(), os.environ | {"OMP_NUM_THREADS": "1"})
@@ -354,16 +375,20 @@ def perform_on_ray(runs: list[Run], address: str) -> dict[str, dict]:
     return results
 
 
+def best_at_high_targets(alignment: dict | None) -> float | None:
+    """The release's reading of performance: the best of the high targets."""
+    return alignment and max(row["score_mean"] for row in alignment["high_targets"])
+
+
 COLUMNS = {  # of the tables: heading -> value of a record
     "alignment RMSE": lambda r: r["alignment"]["alignment_rmse"],
     "best score of the sweep": lambda r: r["alignment"]["best_score"],
-    "score at the highest return": lambda r: r["alignment"]["high_targets"][0]["score_mean"],
+    "best score at a high target": lambda r: best_at_high_targets(r["alignment"]),
     "best checkpoint: RMSE": lambda r: r["alignment_best"] and r["alignment_best"]["alignment_rmse"],
-    "best checkpoint: score at the highest return": lambda r: (
-        r["alignment_best"] and r["alignment_best"]["high_targets"][0]["score_mean"]
-    ),
+    "best checkpoint: best score at a high target": lambda r: best_at_high_targets(r["alignment_best"]),
     "Spearman of target and return": lambda r: r["alignment"]["spearman_target_vs_real"],
     "Spearman of Q and return": lambda r: r["alignment"]["spearman_q_vs_return"],
+    "critic: mean Q / mean return": lambda r: r["critic"] and r["critic"]["q_mean"] / r["critic"]["return_mean"],
     "minutes of training": lambda r: r["seconds"].get("training") and r["seconds"]["training"] / 60,
 }
 
@@ -378,8 +403,8 @@ def interval(values: list[float]) -> str:
     return f" [{ci.low:.2f}, {ci.high:.2f}]"
 
 
-def table(study: Study, records: dict[str, dict[int, dict]]) -> list[str]:
-    """Markdown: a row per variant, each cell with all seeds' values, their mean and its interval."""
+def table(baseline: str, records: dict[str, dict[int, dict]]) -> list[str]:
+    """Markdown: a row per variant, each cell with all seeds' values, their mean and its interval; pairs with the baseline."""
     lines = ["| variant | seeds | " + " | ".join(COLUMNS) + " |", "|" + "---|" * (len(COLUMNS) + 2)]
     for label, by_seed in records.items():
         cells = []
@@ -388,19 +413,18 @@ def table(study: Study, records: dict[str, dict[int, dict]]) -> list[str]:
             each = ", ".join(f"{x:.2f}" for x in values)
             cells.append(f"**{np.mean(values):.2f}**{interval(values)} ({each})" if values else "-")
         lines.append(f"| {label} | {', '.join(map(str, by_seed))} | " + " | ".join(cells) + " |")
-    first, *others = records
-    for label in others:
-        pairs = [(records[first][s], records[label][s]) for s in records[label] if s in records[first]]
+    for label in [label for label in records if label != baseline and baseline in records]:
+        pairs = [(records[baseline][s], records[label][s]) for s in records[label] if s in records[baseline]]
         worse = sum(COLUMNS["alignment RMSE"](b) > COLUMNS["alignment RMSE"](a) for a, b in pairs)
         lower = sum(COLUMNS["best score of the sweep"](b) < COLUMNS["best score of the sweep"](a) for a, b in pairs)
         lines += [
             "",
-            f"{label} against {first}: RMSE higher in {worse}, best score lower in {lower} of {len(pairs)} seeds.",
+            f"{label} against {baseline}: RMSE higher in {worse}, best score lower in {lower} of {len(pairs)} seeds.",
         ]
     return lines
 
 
-def plot(study: Study, records: dict[str, dict[int, dict]], title: str, file: Path) -> None:
+def plot(records: dict[str, dict[int, dict]], title: str, file: Path) -> None:
     """Achieved against target score, every seed of every variant."""
     import matplotlib  # imported here: it takes a while
 
@@ -424,39 +448,43 @@ def plot(study: Study, records: dict[str, dict[int, dict]], title: str, file: Pa
     plt.close(figure)
 
 
-def summarise(name: str, args: Args, records: dict[str, dict[int, dict]]) -> Path:
-    """Write a study's .md, .csv and .png."""
-    study, stem = STUDIES[name], Path(args.results_dir) / f"{name}__{args.env}"
-    alignment = next(iter(next(iter(records.values())).values()))["alignment"]
-    data, steps, targets = alignment["trained_on"]["label"], alignment["total_steps"], len(alignment["sweep"])
-    lines = [f"# {name}: {study.claim}", ""]
-    lines += [
-        f"{data}. {steps:,} gradient steps; {targets} target returns, {args.rollouts} rollouts each; policies of the last"
+def summarise(name: str, args: Args, records: dict[str, dict[int, dict]], missing: list[str]) -> Path:
+    """Write a study's .md, .csv and .png; exits 1 if its runs are not of the same data and length."""
+    study, stem = STUDIES[name], f"{name}__{args.env}"
+    alignments = [record["alignment"] for by_seed in records.values() for record in by_seed.values()]
+    kinds = {(alignment["trained_on"]["hash"], alignment["total_steps"]) for alignment in alignments}
+    if len(kinds) > 1:
+        fail(
+            f"{name}: its runs are of different data or gradient steps: {sorted(kinds)}; remove the old records", code=1
+        )
+    data, steps, targets = (
+        alignments[0]["trained_on"]["label"],
+        alignments[0]["total_steps"],
+        len(alignments[0]["sweep"]),
+    )
+    baseline = next(iter(study.variants))
+    text = [
+        f"# {name}: {study.claim}\n",
+        f"{data}. {steps:,} gradient steps; {targets} target returns, {args.rollouts} rollouts each; policies of the last step where",
+        "nothing else is said; scores in D4RL points. Cells: **mean** [95% percentile bootstrap interval] (each seed). With two or",
+        "three seeds that interval is little more than their range.\n",
+        *([f"Missing: {', '.join(missing)}.\n"] if missing else []),
+        *table(baseline, records),
+        f"\n![curves]({stem}.png)\n",
+        "Commands of each variant's first seed:\n\n```",
+        *(command for by_seed in records.values() for command in next(iter(by_seed.values()))["commands"]),
+        "```\n",
     ]
-    lines += [
-        "step where nothing else is said; scores in D4RL points. Cells: **mean** [95% bootstrap interval] (each seed).",
-        "",
-    ]
-    lines += [
-        *table(study, records),
-        "",
-        f"![curves]({stem.name}.png)",
-        "",
-        "Commands of each variant's first seed:",
-        "",
-        "```",
-    ]
-    lines += [command for by_seed in records.values() for command in next(iter(by_seed.values()))["commands"]]
-    Path(f"{stem}.md").write_text("\n".join([*lines, "```", ""]))
-    with open(f"{stem}.csv", "w", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(["variant", "seed", *COLUMNS])
-        for label, by_seed in records.items():
-            for seed, record in by_seed.items():
-                writer.writerow([label, seed, *(value(record) for value in COLUMNS.values())])
-    title = f"{name}: {data}, {steps:,} steps, {args.rollouts} rollouts per target"
-    plot(study, records, title, Path(f"{stem}.png"))
-    return Path(f"{stem}.md")
+    rows = [["variant", "seed", *COLUMNS]]
+    for label, by_seed in records.items():
+        rows += [[label, seed, *(value(record) for value in COLUMNS.values())] for seed, record in by_seed.items()]
+    sheet = io.StringIO()
+    csv.writer(sheet, lineterminator="\n").writerows(rows)
+    folder = Path(args.results_dir)
+    plot(records, f"{name}: {data}, {steps:,} steps, {args.rollouts} rollouts per target", folder / f"{stem}.png")
+    write(folder / f"{stem}.csv", sheet.getvalue())
+    write(folder / f"{stem}.md", "\n".join(text))
+    return folder / f"{stem}.md"
 
 
 def main() -> None:
@@ -466,8 +494,10 @@ def main() -> None:
         fail(
             f"unknown study {', '.join(sorted(unknown)) if args.studies else '(none named)'}: choose of {', '.join(STUDIES)}"
         )
-    if args.workers < 1 or args.rollouts < 1:
-        fail("--workers and --rollouts must be at least 1")
+    if args.workers < 1 or args.rollouts < 1 or not 0 < args.target_step < np.inf:
+        fail("--workers and --rollouts must be at least 1 and --target-step positive")
+    if args.env.startswith("antmaze"):
+        fail(f"--env {args.env}: AntMaze has no simulator here, so there is nothing to sweep")
     wanted = {
         name: {
             label: {seed: Run(exp_name, flags, seed, args) for seed in args.seeds or STUDIES[name].seeds}
@@ -489,7 +519,8 @@ def main() -> None:
         }
         records = {label: by_seed for label, by_seed in records.items() if by_seed}
         if records:
-            print(f"{name}: {summarise(name, args, records)}")
+            lost = [run.name for seeds in variants.values() for run in seeds.values() if run.name in failed]
+            print(f"{name}: {summarise(name, args, records, lost)}")
     for name, why in failed.items():
         print(f"{name}: {why}", file=sys.stderr)
     if failed:
@@ -498,4 +529,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on", code=130)

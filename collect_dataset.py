@@ -669,7 +669,7 @@ def claim(folder: Path) -> filelock.FileLock:
 def save_resume(
     folder: Path, stage: str, cfg: dict, data: dict, parts: dict, meters: "Meters", generator, counters: dict
 ) -> None:
-    """What a killed run needs to go on as if nothing had happened, random streams (dropout's is torch's) included."""
+    """What a killed run needs to go on (on a CPU bit for bit), random streams (dropout's is torch's) included."""
     cuda = torch.cuda.get_rng_state() if generator.device.type == "cuda" else None
     save_checkpoint(folder / "resume.pt", dict(
         stage=stage, format=FORMAT, config=cfg, data=data, meters=meters.sums, meters_count=meters.count,

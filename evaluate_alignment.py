@@ -66,22 +66,10 @@ class Args:
     trajectories: bool = False
     """also write behaviour.json and .png: forward velocity against target, and over time for five of the targets"""
     video: tuple[float, ...] = ()
-    """also render one episode for each of these target returns (raw), side by side, as video.gif; needs OpenGL"""
+    """also render up to 10 s of an episode for each of these target returns (raw), side by side, as video.gif (OpenGL)"""
 
 
 # ======== shared: policy (the same text in train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout. On a CPU torch draws 64 random bits for an element; 16 are enough, and take a third of the time."""
-
-    def forward(self, x):
-        if not self.training or x.is_cuda or torch.compiler.is_compiling():
-            return super().forward(x)
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        dropped = round(2**16 * self.p)  # of 65,536 values
-        keep = bits[: x.numel()].view(x.shape) >= dropped - 2**15
-        return x * (keep.to(x.dtype) / (1 - dropped / 2**16))
 
 
 class CausalConv(nn.Module):
@@ -90,7 +78,7 @@ class CausalConv(nn.Module):
     def __init__(self, width: int, window: int = 6):
         super().__init__()
         self.window = window
-        self.conv = nn.Conv1d(3 * width, 3 * width, window, groups=3)
+        self.conv = nn.Conv1d(3 * width, 3 * width, window, groups=3)  # holds the weights of forward's three conv2d
 
     def forward(self, qkv, last: int):  # (B, T, 3D) -> q of the last tokens (B, last, D), k and v (B, T, D)
         # (B, 3D, 1, T + 5) in memory is channels-last, the layout for which convolution libraries are fastest
@@ -205,25 +193,7 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 
 # ======== end of shared: policy ========
 
-# ======== shared: critic (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
-
-
-class Mish(torch.autograd.Function):
-    """Mish(x) = x tanh(softplus(x)), with s = sigmoid(x), m = s (2 - s): x m / (2 - m). On a CPU 3 times torch's speed."""
-
-    @staticmethod
-    def forward(ctx, x):
-        s = torch.sigmoid(x)
-        m = s * (2 - s)
-        r = (2 - m).reciprocal_()
-        t = m.mul_(r)  # tanh(softplus(x)), whose derivative is s (2 (1 - s) r)^2
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(torch.addcmul(t, x, (1 - s).mul_(r).mul_(2).square_().mul_(s)))
-        return x * t
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.saved_tensors[0]
+# ======== shared: critic (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
 
 
 class MLP(nn.Module):
@@ -242,11 +212,10 @@ class MLP(nn.Module):
     def forward(self, x):
         rows = x.shape[:-1]
         x = x.reshape(-1, x.shape[-1]).expand(len(self.weights[0]), -1, -1)
-        own = not (x.is_cuda or torch.compiler.is_compiling())  # a compiler, or CUDA, makes one kernel of torch's Mish
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             x = torch.baddbmm(bias, x, weight)
             if i < len(self.weights) - 1:
-                x = Mish.apply(x) if own else F.mish(x)
+                x = mish(x)
         return x.view(-1, *rows)
 
 
@@ -276,8 +245,7 @@ class Trained(NamedTuple):
     path: Path
     task: "Task"
     policy: Policy
-    critic: DoubleQ | None
-    content: dict  # everything else that the file holds
+    content: dict  # everything that the file holds
 
     def identity(self) -> dict:
         """What result files say of a checkpoint."""
@@ -295,12 +263,9 @@ def load_policy(path: Path, precision: str, device: torch.device) -> Trained:
         task, cfg = parse_env(content["env"]), content["config"]
         policy = make_policy(task, cfg, use_bf16(precision, device))
         policy.load_state_dict(content["policy"])
-        critic = DoubleQ(task.obs_dim, task.act_dim, cfg["critic_width"]) if content["critic"] else None
-        if critic:
-            critic.load_state_dict(content["critic"])
     except (KeyError, TypeError, RuntimeError):
         fail(f"{path}: its weights do not have the shapes its configuration says; train it again")
-    return Trained(path, task, policy.to(device).eval(), critic.to(device) if critic else None, content)
+    return Trained(path, task, policy.to(device).eval(), content)
 
 
 def curve_label(record: dict) -> str:
@@ -334,6 +299,19 @@ def write_results(folder: Path, stem: str, result: dict, rows: list[dict], draw)
 # ======== end of shared: results ========
 
 
+def load_critic(trained: Trained) -> DoubleQ | None:
+    """The critic in a stage 2 checkpoint, on its policy's device; None for a DT. Exits 2 if it is damaged."""
+    task, cfg, weights = trained.task, trained.content["config"], trained.content.get("critic")
+    if weights is None:
+        return None
+    try:
+        critic = DoubleQ(task.obs_dim, task.act_dim, cfg["critic_width"])
+        critic.load_state_dict(weights)
+    except (KeyError, TypeError, AttributeError, RuntimeError):
+        fail(f"{trained.path}: its weights do not have the shapes its configuration says; train it again")
+    return critic.to(next(trained.policy.parameters()).device)
+
+
 def target_returns(returns: np.ndarray, step: float) -> np.ndarray:
     """The dataset's lowest return, + step, ... up to its highest (raw); 12 evenly spaced ones if that gives fewer."""
     low, high = float(returns.min()), float(returns.max())
@@ -352,7 +330,7 @@ def sweep(trained: Trained, targets: np.ndarray, high_targets, rollouts: int, se
     Returns the record that alignment.json holds, and the forward velocity of every step (targets, rollouts, HORIZON), m/s,
     NaN after a rollout's end.
     """
-    task, content = trained.task, trained.content
+    task, content, critic = trained.task, trained.content, load_critic(trained)
     every_target = np.repeat(np.concatenate([targets, high_targets]), rollouts)
     # reset seeds: every rollout of the sweep starts differently, every checkpoint in the same states
     seeds = np.random.SeedSequence(seed).generate_state(len(every_target)) >> 1
@@ -379,9 +357,9 @@ def sweep(trained: Trained, targets: np.ndarray, high_targets, rollouts: int, se
     rows, high_rows = rows[: len(targets)], rows[len(targets) :]
     scores, target_scores = (np.array([row[k] for row in rows]) for k in ("score_mean", "target_score"))
     q_vs_return = None
-    if trained.critic:  # Table E.19, over the rollouts of the whole sweep
+    if critic:  # Table E.19, over the rollouts of the whole sweep
         with torch.no_grad():
-            q = trained.critic(result.first_obs, result.first_act).amin(dim=0).cpu().numpy()
+            q = critic(result.first_obs, result.first_act).amin(dim=0).cpu().numpy()
         swept = len(targets) * rollouts
         q_vs_return = rank_correlation(q[:swept], result.returns[:swept])
     record = trained.identity() | {
@@ -397,7 +375,7 @@ def sweep(trained: Trained, targets: np.ndarray, high_targets, rollouts: int, se
 
 def behaviour(record: dict, velocities: np.ndarray, handful: int = 5) -> list[dict]:
     """Figure 4's curves: for a handful of the sweep's targets, velocity at every step, mean and std over the rollouts
-    that have not ended (None after all have)."""
+    that have not ended; `alive` says how many those are."""
     chosen = np.unique(np.linspace(0, len(record["sweep"]) - 1, handful).round().astype(int))
     curves = []
     for j in chosen:
@@ -502,11 +480,11 @@ def make_renderer(env_id: str, width: int, height: int) -> mujoco.Renderer:
             return mujoco.Renderer(make_env(env_id).model, height, width)
     except Exception as error:  # each OpenGL backend has kinds of its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        fail(f"--video: MuJoCo finds no OpenGL here ({reason[:80]}); without a screen, set MUJOCO_GL=egl or osmesa")
+        fail(f"--video: MuJoCo finds no OpenGL here ({reason[:80]}); without a screen, set MUJOCO_GL=egl")
 
 
-def video(trained: Trained, targets, seed: int, renderer: mujoco.Renderer, file: str, frames: int = 120) -> None:
-    """One episode per raw target return, from the same initial state, side by side as a GIF of at most `frames` pictures."""
+def video(trained: Trained, targets, seed: int, renderer: mujoco.Renderer, file: str) -> None:
+    """An episode per raw target return from the same initial state, side by side, as a GIF: up to 10 s, 12 pictures a second."""
     from PIL import Image, ImageDraw
 
     task, content = trained.task, trained.content
@@ -514,9 +492,9 @@ def video(trained: Trained, targets, seed: int, renderer: mujoco.Renderer, file:
     K, seeds = content["config"]["context_len"], [seed] * len(targets)
     result = rollout(trained.policy, task, targets, seeds, K, *obs_stats, keep_qpos=True)
     env = make_env(task.env_id)
-    stride = -(-int(result.lengths.max()) // frames)
+    stride, steps = max(1, round(0.08 / env.dt)), min(int(result.lengths.max()), round(10 / env.dt))
     pictures = []
-    for t in range(0, int(result.lengths.max()), stride):
+    for t in range(0, steps, stride):
         panels = []
         for i, target in enumerate(targets):
             now = min(t, int(result.lengths[i]) - 1)
@@ -531,7 +509,7 @@ def video(trained: Trained, targets, seed: int, renderer: mujoco.Renderer, file:
             ImageDraw.Draw(panel).multiline_text((6, 4), "\n".join(lines), fill=(255, 255, 255))
             panels.append(np.asarray(panel))
         pictures.append(Image.fromarray(np.concatenate(panels, axis=1)).quantize(48))
-    duration = max(20, round(1000 * stride * env.dt))  # ms; real time, where the format allows
+    duration = round(1000 * stride * env.dt)  # ms: real time
     pictures[0].save(file, format="GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0)
 
 
@@ -565,13 +543,15 @@ def main() -> None:
     if args.dataset_path:
         dataset = read_dataset(task, args.dataset_path)
         data, returns = dataset.summary(), dataset.returns
-    folder, stem = path.parent, "alignment_best" if path.name == "policy_best.pt" else "alignment"
+    folder, suffix = path.parent, "_best" * (path.name == "policy_best.pt")
+    stem = f"alignment{suffix}"
     if not os.access(folder, os.W_OK):
         fail(f"{folder}: cannot write {stem}.json there; copy the checkpoint to a folder of your own")
 
     renderer = make_renderer(task.env_id, 240, 200) if args.video else None
-    if not trained.content.get("finished", True):
-        print(f"note: this run is at step {trained.content['step']:,} and not finished")
+    for one in (trained, *others):
+        if not one.content.get("finished", True):
+            print(f"note: {one.path} is at step {one.content['step']:,} and not finished")
     targets = target_returns(returns, args.target_step)
     high_targets = task.high_targets if data["is_d4rl"] else tuple(float(returns.max()) * x for x in (1.0, 1.2))
     swept = [sweep(x, targets, high_targets, args.rollouts, args.seed) for x in (trained, *others)]
@@ -617,7 +597,7 @@ def main() -> None:
         )
         print(f"forward velocity: {files[0]}, {files[1].name}, picture {files[2]}")
     if args.video:
-        file = folder / f"{stem.replace('alignment', 'video').replace('behaviour', 'video')}.gif"
+        file = folder / f"video{suffix}.gif"
         video(trained, args.video, args.seed, renderer, f"{file}.{os.getpid()}.tmp")
         os.replace(f"{file}.{os.getpid()}.tmp", file)
         print(f"one episode for each of {len(args.video)} targets: {file}")
@@ -736,18 +716,12 @@ def parse_env(name: str) -> Task:
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one; exits 2 where CUDA is asked for and missing. Switches TF32 off."""
     torch.set_float32_matmul_precision("highest")  # float32 is float32, for the critic above all
+    warnings.filterwarnings("ignore", message=".*TensorFloat32")  # torch.compile's advice to have it
+    warnings.filterwarnings("ignore", message=".*capturable=True")  # Adam's, on the steps before a CUDA graph
     torch.backends.cudnn.allow_tf32 = False
     if name == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: torch finds no CUDA device here; use --device cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def keep_freed_memory() -> None:
-    """Have glibc reuse freed memory: it returns large blocks to the kernel, and every step would fault them in again."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        libc.mallopt(m_mmap_threshold, 2**30)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def tensor_hash(tensors) -> str:
@@ -894,6 +868,56 @@ def d4rl_file(task: Task) -> Path:
 
 
 # ======== end of shared: dataset ========
+
+# ======== shared: speed (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout; on a CPU with 16 random bits an element instead of torch's 64, in a third to a half of its time."""
+
+    def forward(self, x):
+        if not self.training or x.is_cuda or torch.compiler.is_compiling():
+            return super().forward(x)
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        dropped = round(2**16 * self.p)  # of 65,536 values
+        keep = bits[: x.numel()].view(x.shape) >= dropped - 2**15
+        return x * (keep.to(x.dtype) / (1 - dropped / 2**16))
+
+
+class CPUMish(torch.autograd.Function):
+    """x tanh(softplus(x)) as x m / (2 - m) with m = s (2 - s), s = sigmoid(x): on a CPU 2 to 3 times torch's speed."""
+
+    @staticmethod
+    def forward(ctx, x):
+        s = torch.sigmoid(x)
+        m = s * (2 - s)
+        r = (2 - m).reciprocal_()
+        t = m.mul_(r)  # tanh(softplus(x)), whose derivative is s (2 (1 - s) r)^2
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(torch.addcmul(t, x, (1 - s).mul_(r).mul_(2).square_().mul_(s)))
+        return x * t
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0]
+
+
+def mish(x: torch.Tensor) -> torch.Tensor:
+    """F.mish, of which CUDA and compilers make one kernel."""
+    return F.mish(x) if x.is_cuda or torch.compiler.is_compiling() else CPUMish.apply(x)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc reuse freed memory: it returns large blocks to the kernel, and every step would fault them in again."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        # an older glibc refuses more than 32 MiB; the second setting alone would make things worse
+        if libc.mallopt(m_mmap_threshold, 2**30) or libc.mallopt(m_mmap_threshold, 2**25):
+            libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+# ======== end of shared: speed ========
 
 # ======== shared: simulator (the same text in collect_dataset.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
 
@@ -1069,4 +1093,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        fail("interrupted; nothing was written", code=130)
+        fail("interrupted; files named above are whole, the others were not written", code=130)

@@ -17,10 +17,12 @@ import ctypes
 import difflib
 import hashlib
 import http.client
+import importlib.util
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -71,32 +73,14 @@ class Args:
     tau: float = 0.005
     """step of the target critic's moving average, every 2nd gradient step"""
     checkpoint_minutes: float = 2.0
-    """wall-clock time between resume.pt files; the result of a run does not depend on it"""
+    """wall-clock time between resume.pt files; on a CPU no bit of a run's result depends on it"""
 
 
 MINI = dict(total_steps=10_000, critic_width=128, lr=3e-4)  # hopper-mini, for two CPU cores; each entry deviates
 GAMMA, EXPECTILE, TARGET_EVERY, HELD_OUT, LOG_EVERY = 0.99, 0.8, 2, 0.05, 1000
 
 
-# ======== shared: critic (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
-
-
-class Mish(torch.autograd.Function):
-    """Mish(x) = x tanh(softplus(x)), with s = sigmoid(x), m = s (2 - s): x m / (2 - m). On a CPU 3 times torch's speed."""
-
-    @staticmethod
-    def forward(ctx, x):
-        s = torch.sigmoid(x)
-        m = s * (2 - s)
-        r = (2 - m).reciprocal_()
-        t = m.mul_(r)  # tanh(softplus(x)), whose derivative is s (2 (1 - s) r)^2
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(torch.addcmul(t, x, (1 - s).mul_(r).mul_(2).square_().mul_(s)))
-        return x * t
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.saved_tensors[0]
+# ======== shared: critic (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
 
 
 class MLP(nn.Module):
@@ -115,11 +99,10 @@ class MLP(nn.Module):
     def forward(self, x):
         rows = x.shape[:-1]
         x = x.reshape(-1, x.shape[-1]).expand(len(self.weights[0]), -1, -1)
-        own = not (x.is_cuda or torch.compiler.is_compiling())  # a compiler, or CUDA, makes one kernel of torch's Mish
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             x = torch.baddbmm(bias, x, weight)
             if i < len(self.weights) - 1:
-                x = Mish.apply(x) if own else F.mish(x)
+                x = mish(x)
         return x.view(-1, *rows)
 
 
@@ -231,7 +214,7 @@ class Pretraining:
         self.opt = torch.optim.Adam(trained, lr=cfg["lr"], fused=True, capturable=device.type == "cuda")
         self.parts = dict(critic=self.critic, target_critic=self.target_critic, value=self.value, opt=self.opt)
         nets = (self.critic, self.target_critic, self.value)
-        self.nets = [torch.compile(net) if compile else net for net in nets]  # share the weights
+        self.nets = [compiled(net) if compile else net for net in nets]
 
     def step(self, regress: bool, move_target: bool) -> torch.Tensor:
         """One gradient step, on discounted returns or by the method; returns the values of `metrics` (3,), on the device."""
@@ -311,6 +294,8 @@ def main() -> None:
     keep_freed_memory()
     task, device = parse_env(args.env), pick_device(args.device)
     check_seed(args.seed)
+    if args.compile and not can_compile(device.type):
+        fail("--compile: torch.compile finds no C++ compiler here, or no Triton for CUDA; use --no-compile")
     cfg = resolve(args, task)
     dataset = read_dataset(task, args.dataset_path)
     cfg["device"] = device.type  # the random streams of CPU and CUDA differ, so a run stays on one kind
@@ -376,13 +361,13 @@ def main() -> None:
         print(f"stopped at step {step:,} of {cfg['total_steps']:,}; the same command continues from there")
         sys.exit(130)
     result = report(learner.critic, learner.target_critic, learner.value, data, cfg)
+    (folder / "report.json").write_text(
+        json.dumps({"env": args.env, "data": dataset.summary(), "config": cfg, **result}, indent=2) + "\n"
+    )
     save_checkpoint(folder / "critic.pt", dict(
         stage="pretrain_q", format=FORMAT, env=args.env, config=cfg, step=step, data=dataset.summary(),
         obs_mean=dataset.obs_mean, obs_std=dataset.obs_std, critic=learner.critic.state_dict(), report=result,
     ))  # fmt: skip
-    (folder / "report.json").write_text(
-        json.dumps({"env": args.env, "data": dataset.summary(), "config": cfg, **result}, indent=2) + "\n"
-    )
     lock.release()
     print(f"TD loss {result['td_loss']:.4g} on {result['td_loss_on']}")
     if result["spearman_q_vs_return"] is not None:
@@ -506,18 +491,12 @@ def parse_env(name: str) -> Task:
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one; exits 2 where CUDA is asked for and missing. Switches TF32 off."""
     torch.set_float32_matmul_precision("highest")  # float32 is float32, for the critic above all
+    warnings.filterwarnings("ignore", message=".*TensorFloat32")  # torch.compile's advice to have it
+    warnings.filterwarnings("ignore", message=".*capturable=True")  # Adam's, on the steps before a CUDA graph
     torch.backends.cudnn.allow_tf32 = False
     if name == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: torch finds no CUDA device here; use --device cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def keep_freed_memory() -> None:
-    """Have glibc reuse freed memory: it returns large blocks to the kernel, and every step would fault them in again."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        libc.mallopt(m_mmap_threshold, 2**30)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def tensor_hash(tensors) -> str:
@@ -701,7 +680,7 @@ def claim(folder: Path) -> filelock.FileLock:
 def save_resume(
     folder: Path, stage: str, cfg: dict, data: dict, parts: dict, meters: "Meters", generator, counters: dict
 ) -> None:
-    """What a killed run needs to go on as if nothing had happened, random streams (dropout's is torch's) included."""
+    """What a killed run needs to go on (on a CPU bit for bit), random streams (dropout's is torch's) included."""
     cuda = torch.cuda.get_rng_state() if generator.device.type == "cuda" else None
     save_checkpoint(folder / "resume.pt", dict(
         stage=stage, format=FORMAT, config=cfg, data=data, meters=meters.sums, meters_count=meters.count,
@@ -808,7 +787,68 @@ class MetricsLog:
 
 # ======== end of shared: run ========
 
+# ======== shared: speed (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout; on a CPU with 16 random bits an element instead of torch's 64, in a third to a half of its time."""
+
+    def forward(self, x):
+        if not self.training or x.is_cuda or torch.compiler.is_compiling():
+            return super().forward(x)
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        dropped = round(2**16 * self.p)  # of 65,536 values
+        keep = bits[: x.numel()].view(x.shape) >= dropped - 2**15
+        return x * (keep.to(x.dtype) / (1 - dropped / 2**16))
+
+
+class CPUMish(torch.autograd.Function):
+    """x tanh(softplus(x)) as x m / (2 - m) with m = s (2 - s), s = sigmoid(x): on a CPU 2 to 3 times torch's speed."""
+
+    @staticmethod
+    def forward(ctx, x):
+        s = torch.sigmoid(x)
+        m = s * (2 - s)
+        r = (2 - m).reciprocal_()
+        t = m.mul_(r)  # tanh(softplus(x)), whose derivative is s (2 (1 - s) r)^2
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(torch.addcmul(t, x, (1 - s).mul_(r).mul_(2).square_().mul_(s)))
+        return x * t
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0]
+
+
+def mish(x: torch.Tensor) -> torch.Tensor:
+    """F.mish, of which CUDA and compilers make one kernel."""
+    return F.mish(x) if x.is_cuda or torch.compiler.is_compiling() else CPUMish.apply(x)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc reuse freed memory: it returns large blocks to the kernel, and every step would fault them in again."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        # an older glibc refuses more than 32 MiB; the second setting alone would make things worse
+        if libc.mallopt(m_mmap_threshold, 2**30) or libc.mallopt(m_mmap_threshold, 2**25):
+            libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+# ======== end of shared: speed ========
+
 # ======== shared: graph (the same text in pretrain_q.py, train_qalign_dt.py) ========
+
+
+def can_compile(device: str) -> bool:
+    """Whether torch.compile finds its tools: a compiler and, for CUDA, Triton."""
+    compilers = ("cc", "gcc", "clang") if device == "cuda" else ("g++", "clang++", "c++")
+    return any(map(shutil.which, compilers)) and (device == "cpu" or importlib.util.find_spec("triton") is not None)
+
+
+def compiled(net: nn.Module) -> nn.Module:
+    """torch.compile, sharing the weights, for the fixed shapes of a training step (symbolic ones cost convolutions speed)."""
+    return torch.compile(net, dynamic=False)
 
 
 class CudaGraph:
@@ -852,15 +892,15 @@ def parse_args() -> Args:
     given, _ = parser.parse_known_args()
     task = parse_env(given.env or "")
     preset = MINI if task.quality == "mini" else {}
-    compile = given.device != "cpu" and torch.cuda.is_available()
+    compile = given.device != "cpu" and torch.cuda.is_available() and can_compile("cuda")
     return tyro.cli(Args, default=replace(Args(env=task.name, compile=compile), **preset), description=__doc__)
 
 
 def resolve(args: Args, task: Task) -> dict:
     """The configuration that defines a run and that checkpoints store; exits 2 on a value that cannot work."""
     cfg = asdict(args)
-    for name in ("dataset_path", "runs_dir", "checkpoint_minutes", "compile"):
-        cfg.pop(name)  # where things are, how often they are saved and how fast they are do not define a run
+    for name in ("dataset_path", "runs_dir", "checkpoint_minutes"):
+        cfg.pop(name)  # where things are and how often they are saved do not define a run
     for name in ("total_steps", "batch_size", "critic_width"):
         if cfg[name] < 1:
             fail(f"--{name.replace('_', '-')} {cfg[name]}: must be at least 1")

@@ -22,9 +22,11 @@ import ctypes
 import difflib
 import hashlib
 import http.client
+import importlib.util
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,7 +116,7 @@ class Args:
     eval_rollouts: int = 5
     """episodes per target in those evaluations"""
     checkpoint_minutes: float = 2.0
-    """wall-clock time between resume.pt files; the result of a run does not depend on it"""
+    """wall-clock time between resume.pt files; on a CPU no bit of a run's result depends on it"""
 
 
 # Table D.8: sigma_e, lambda_e, Delta_RTG. `expert` is trained with medium-expert's row, `random` with medium's, Ant with
@@ -147,25 +149,13 @@ GAMMA, L2, MAX_GRAD_NORM, LOG_EVERY = 0.99, 1e-4, 15.0, 100
 # ======== shared: policy (the same text in train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
 
 
-class Dropout(nn.Dropout):
-    """nn.Dropout. On a CPU torch draws 64 random bits for an element; 16 are enough, and take a third of the time."""
-
-    def forward(self, x):
-        if not self.training or x.is_cuda or torch.compiler.is_compiling():
-            return super().forward(x)
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        dropped = round(2**16 * self.p)  # of 65,536 values
-        keep = bits[: x.numel()].view(x.shape) >= dropped - 2**15
-        return x * (keep.to(x.dtype) / (1 - dropped / 2**16))
-
-
 class CausalConv(nn.Module):
     """Convolution over the token axis, window 6, left-padded by 5 zeros, one each for q, k and v (App. D.1)."""
 
     def __init__(self, width: int, window: int = 6):
         super().__init__()
         self.window = window
-        self.conv = nn.Conv1d(3 * width, 3 * width, window, groups=3)
+        self.conv = nn.Conv1d(3 * width, 3 * width, window, groups=3)  # holds the weights of forward's three conv2d
 
     def forward(self, qkv, last: int):  # (B, T, 3D) -> q of the last tokens (B, last, D), k and v (B, T, D)
         # (B, 3D, 1, T + 5) in memory is channels-last, the layout for which convolution libraries are fastest
@@ -280,25 +270,7 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 
 # ======== end of shared: policy ========
 
-# ======== shared: critic (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
-
-
-class Mish(torch.autograd.Function):
-    """Mish(x) = x tanh(softplus(x)), with s = sigmoid(x), m = s (2 - s): x m / (2 - m). On a CPU 3 times torch's speed."""
-
-    @staticmethod
-    def forward(ctx, x):
-        s = torch.sigmoid(x)
-        m = s * (2 - s)
-        r = (2 - m).reciprocal_()
-        t = m.mul_(r)  # tanh(softplus(x)), whose derivative is s (2 (1 - s) r)^2
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(torch.addcmul(t, x, (1 - s).mul_(r).mul_(2).square_().mul_(s)))
-        return x * t
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.saved_tensors[0]
+# ======== shared: critic (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
 
 
 class MLP(nn.Module):
@@ -317,11 +289,10 @@ class MLP(nn.Module):
     def forward(self, x):
         rows = x.shape[:-1]
         x = x.reshape(-1, x.shape[-1]).expand(len(self.weights[0]), -1, -1)
-        own = not (x.is_cuda or torch.compiler.is_compiling())  # a compiler, or CUDA, makes one kernel of torch's Mish
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             x = torch.baddbmm(bias, x, weight)
             if i < len(self.weights) - 1:
-                x = Mish.apply(x) if own else F.mish(x)
+                x = mish(x)
         return x.view(-1, *rows)
 
 
@@ -498,7 +469,7 @@ class CoTraining:
     metrics = "loss action_loss state_loss align_loss violated q_mean actor_grad_norm q_loss critic_grad_norm".split()
 
     def __init__(self, task: "Task", windows: Windows, cfg: dict, critic_weights: dict | None = None, compile=False):
-        """cfg as resolve() makes it; without critic_weights the critic is random. Sets torch's global seed."""
+        """cfg as prepare() completes it; without critic_weights the critic is random. Sets torch's global seed."""
         self.windows, self.cfg, device = windows, cfg, windows.rtg.device
         self.aligned, self.update_q = cfg["lambda_e"] > 0, cfg.get("update_q", False)
         torch.manual_seed(cfg["seed"])  # of the weights and of dropout
@@ -517,7 +488,7 @@ class CoTraining:
             self.parts |= dict(target_policy=self.target_policy, critic=self.critic)
             self.parts |= dict(target_critic=self.target_critic, critic_opt=self.critic_opt)
         nets = (self.policy, self.critic, self.target_policy, self.target_critic)
-        self.nets = [torch.compile(net) if compile and net else net for net in nets]  # share the weights
+        self.nets = [compiled(net) if compile and net else net for net in nets]
 
     def schedule(self, step: int) -> float:
         """Set both learning rates for this step; returns the actor's. They fall to 0 along a cosine."""
@@ -742,18 +713,12 @@ def parse_env(name: str) -> Task:
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one; exits 2 where CUDA is asked for and missing. Switches TF32 off."""
     torch.set_float32_matmul_precision("highest")  # float32 is float32, for the critic above all
+    warnings.filterwarnings("ignore", message=".*TensorFloat32")  # torch.compile's advice to have it
+    warnings.filterwarnings("ignore", message=".*capturable=True")  # Adam's, on the steps before a CUDA graph
     torch.backends.cudnn.allow_tf32 = False
     if name == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: torch finds no CUDA device here; use --device cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def keep_freed_memory() -> None:
-    """Have glibc reuse freed memory: it returns large blocks to the kernel, and every step would fault them in again."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        libc.mallopt(m_mmap_threshold, 2**30)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def tensor_hash(tensors) -> str:
@@ -937,7 +902,7 @@ def claim(folder: Path) -> filelock.FileLock:
 def save_resume(
     folder: Path, stage: str, cfg: dict, data: dict, parts: dict, meters: "Meters", generator, counters: dict
 ) -> None:
-    """What a killed run needs to go on as if nothing had happened, random streams (dropout's is torch's) included."""
+    """What a killed run needs to go on (on a CPU bit for bit), random streams (dropout's is torch's) included."""
     cuda = torch.cuda.get_rng_state() if generator.device.type == "cuda" else None
     save_checkpoint(folder / "resume.pt", dict(
         stage=stage, format=FORMAT, config=cfg, data=data, meters=meters.sums, meters_count=meters.count,
@@ -1044,7 +1009,68 @@ class MetricsLog:
 
 # ======== end of shared: run ========
 
+# ======== shared: speed (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout; on a CPU with 16 random bits an element instead of torch's 64, in a third to a half of its time."""
+
+    def forward(self, x):
+        if not self.training or x.is_cuda or torch.compiler.is_compiling():
+            return super().forward(x)
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        dropped = round(2**16 * self.p)  # of 65,536 values
+        keep = bits[: x.numel()].view(x.shape) >= dropped - 2**15
+        return x * (keep.to(x.dtype) / (1 - dropped / 2**16))
+
+
+class CPUMish(torch.autograd.Function):
+    """x tanh(softplus(x)) as x m / (2 - m) with m = s (2 - s), s = sigmoid(x): on a CPU 2 to 3 times torch's speed."""
+
+    @staticmethod
+    def forward(ctx, x):
+        s = torch.sigmoid(x)
+        m = s * (2 - s)
+        r = (2 - m).reciprocal_()
+        t = m.mul_(r)  # tanh(softplus(x)), whose derivative is s (2 (1 - s) r)^2
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(torch.addcmul(t, x, (1 - s).mul_(r).mul_(2).square_().mul_(s)))
+        return x * t
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0]
+
+
+def mish(x: torch.Tensor) -> torch.Tensor:
+    """F.mish, of which CUDA and compilers make one kernel."""
+    return F.mish(x) if x.is_cuda or torch.compiler.is_compiling() else CPUMish.apply(x)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc reuse freed memory: it returns large blocks to the kernel, and every step would fault them in again."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        # an older glibc refuses more than 32 MiB; the second setting alone would make things worse
+        if libc.mallopt(m_mmap_threshold, 2**30) or libc.mallopt(m_mmap_threshold, 2**25):
+            libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+# ======== end of shared: speed ========
+
 # ======== shared: graph (the same text in pretrain_q.py, train_qalign_dt.py) ========
+
+
+def can_compile(device: str) -> bool:
+    """Whether torch.compile finds its tools: a compiler and, for CUDA, Triton."""
+    compilers = ("cc", "gcc", "clang") if device == "cuda" else ("g++", "clang++", "c++")
+    return any(map(shutil.which, compilers)) and (device == "cpu" or importlib.util.find_spec("triton") is not None)
+
+
+def compiled(net: nn.Module) -> nn.Module:
+    """torch.compile, sharing the weights, for the fixed shapes of a training step (symbolic ones cost convolutions speed)."""
+    return torch.compile(net, dynamic=False)
 
 
 class CudaGraph:
@@ -1261,7 +1287,7 @@ def parse_args() -> Args:
     else:
         row = f"{SAME_ROW.get(task.body, task.body)}-{SAME_ROW.get(task.quality, task.quality)}"
         preset = dict(zip(("sigma_e", "lambda_e", "delta_rtg"), TABLE_D8["antmaze" if task.body == "antmaze" else row]))
-    compile = given.device != "cpu" and torch.cuda.is_available()
+    compile = given.device != "cpu" and torch.cuda.is_available() and can_compile("cuda")
     return tyro.cli(Args, default=replace(Args(env=task.name, compile=compile), **preset), description=__doc__)
 
 
@@ -1271,8 +1297,8 @@ def resolve(args: Args, task: Task) -> dict:
     What depends on the data is left to prepare: rtg_range's default, and the length of the timestep embedding.
     """
     cfg = asdict(args)
-    for name in ("dataset_path", "runs_dir", "critic", "critic_steps", "checkpoint_minutes", "compile"):
-        cfg.pop(name)  # where things are, how often they are saved and how fast they are do not define a run
+    for name in ("dataset_path", "runs_dir", "critic", "critic_steps", "checkpoint_minutes"):
+        cfg.pop(name)  # where things are and how often they are saved do not define a run
     if cfg["eval_every"] is None:
         cfg["eval_every"] = max(args.total_steps // 10, 1)
     if cfg["rtg_range"] == "off":
@@ -1315,6 +1341,8 @@ def prepare(args: Args) -> Setup:
     """Check everything, find or train the critic, and claim the run folder. Exits 0 if the run is already finished."""
     task, device = parse_env(args.env), pick_device(args.device)
     check_seed(args.seed)
+    if args.compile and not can_compile(device.type):
+        fail("--compile: torch.compile finds no C++ compiler here, or no Triton for CUDA; use --no-compile")
     cfg = resolve(args, task)
     aligned = cfg["lambda_e"] > 0
     data = read_dataset(task, args.dataset_path)

@@ -10,7 +10,7 @@ for HalfCheetah's return and is not trained further; the only thing that tells i
     training_reward   what the return-to-go falls by: v_t + c_t, the kind of reward that the policy was trained on
 
 Writes transfer.json, .csv and .png beside the checkpoint: return, realised velocity and tracking error per velocity.
-Order of the file: Args, policy, critic, the task, calibration, plot, main; then blocks shared with the other stages.
+Order of the file: Args, policy, checkpoints, the task, calibration, plot, main; then blocks shared with the other stages.
 """
 
 import copy
@@ -58,7 +58,7 @@ class Args:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """the transformer's arithmetic; auto: bfloat16 where the hardware has it"""
     velocities: Literal["held-out", "grid"] | tuple[float, ...] = "held-out"
-    """targets, m/s: the benchmark's five held-out tasks, all its 40, or a list"""
+    """targets, m/s: the benchmark's five held-out tasks, all its 40, or a list (outside 0.075 to 3 RTG is extrapolated)"""
     rollouts: int = 30
     """episodes per target velocity, none of them used for the calibration"""
     calibration_budget: int = 40
@@ -70,22 +70,10 @@ class Args:
     budgets: tuple[int, ...] = ()
     """several calibration budgets instead, Table C.6: the same interval on coarser grids"""
     extended: bool = False
-    """Table E.15: velocities 1 to 12 m/s in episodes of 1,000 steps"""
+    """Table E.15: velocities 1, 2, ..., 12 m/s unless a list is given, calibrated at 1 and 12, in episodes of 1,000 steps"""
 
 
 # ======== shared: policy (the same text in train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout. On a CPU torch draws 64 random bits for an element; 16 are enough, and take a third of the time."""
-
-    def forward(self, x):
-        if not self.training or x.is_cuda or torch.compiler.is_compiling():
-            return super().forward(x)
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        dropped = round(2**16 * self.p)  # of 65,536 values
-        keep = bits[: x.numel()].view(x.shape) >= dropped - 2**15
-        return x * (keep.to(x.dtype) / (1 - dropped / 2**16))
 
 
 class CausalConv(nn.Module):
@@ -94,7 +82,7 @@ class CausalConv(nn.Module):
     def __init__(self, width: int, window: int = 6):
         super().__init__()
         self.window = window
-        self.conv = nn.Conv1d(3 * width, 3 * width, window, groups=3)
+        self.conv = nn.Conv1d(3 * width, 3 * width, window, groups=3)  # holds the weights of forward's three conv2d
 
     def forward(self, qkv, last: int):  # (B, T, 3D) -> q of the last tokens (B, last, D), k and v (B, T, D)
         # (B, 3D, 1, T + 5) in memory is channels-last, the layout for which convolution libraries are fastest
@@ -209,67 +197,6 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 
 # ======== end of shared: policy ========
 
-# ======== shared: critic (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
-
-
-class Mish(torch.autograd.Function):
-    """Mish(x) = x tanh(softplus(x)), with s = sigmoid(x), m = s (2 - s): x m / (2 - m). On a CPU 3 times torch's speed."""
-
-    @staticmethod
-    def forward(ctx, x):
-        s = torch.sigmoid(x)
-        m = s * (2 - s)
-        r = (2 - m).reciprocal_()
-        t = m.mul_(r)  # tanh(softplus(x)), whose derivative is s (2 (1 - s) r)^2
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(torch.addcmul(t, x, (1 - s).mul_(r).mul_(2).square_().mul_(s)))
-        return x * t
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.saved_tensors[0]
-
-
-class MLP(nn.Module):
-    """n independent networks, computed side by side: three hidden layers (App. D.1), Mish (release), linear output.
-
-    Call with x (..., inputs); returns (n, ...).
-    """
-
-    def __init__(self, n: int, inputs: int, width: int):
-        super().__init__()
-        sizes = [(inputs, width), (width, width), (width, width), (width, 1)]
-        uniform = [(torch.empty(n, i, o), torch.empty(n, 1, o), i**-0.5) for i, o in sizes]  # as in nn.Linear
-        self.weights = nn.ParameterList(weight.uniform_(-bound, bound) for weight, _, bound in uniform)
-        self.biases = nn.ParameterList(bias.uniform_(-bound, bound) for _, bias, bound in uniform)
-
-    def forward(self, x):
-        rows = x.shape[:-1]
-        x = x.reshape(-1, x.shape[-1]).expand(len(self.weights[0]), -1, -1)
-        own = not (x.is_cuda or torch.compiler.is_compiling())  # a compiler, or CUDA, makes one kernel of torch's Mish
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            x = torch.baddbmm(bias, x, weight)
-            if i < len(self.weights) - 1:
-                x = Mish.apply(x) if own else F.mish(x)
-        return x.view(-1, *rows)
-
-
-class DoubleQ(MLP):
-    """Two independent Q networks.
-
-    Call with obs (..., obs_dim) standardised and act (..., act_dim); returns (2, ...): raw return, gamma 0.99.
-    Always float32 with TF32 off: the alignment signal is the sign of a small difference of two large numbers.
-    """
-
-    def __init__(self, obs_dim: int, act_dim: int, width: int):
-        super().__init__(2, obs_dim + act_dim, width)
-
-    def forward(self, obs, act):
-        return super().forward(torch.cat([obs, act], dim=-1))
-
-
-# ======== end of shared: critic ========
-
 # ======== shared: results (the same text in evaluate_alignment.py, transfer_cheetah_vel.py) ========
 
 
@@ -279,8 +206,7 @@ class Trained(NamedTuple):
     path: Path
     task: "Task"
     policy: Policy
-    critic: DoubleQ | None
-    content: dict  # everything else that the file holds
+    content: dict  # everything that the file holds
 
     def identity(self) -> dict:
         """What result files say of a checkpoint."""
@@ -298,12 +224,9 @@ def load_policy(path: Path, precision: str, device: torch.device) -> Trained:
         task, cfg = parse_env(content["env"]), content["config"]
         policy = make_policy(task, cfg, use_bf16(precision, device))
         policy.load_state_dict(content["policy"])
-        critic = DoubleQ(task.obs_dim, task.act_dim, cfg["critic_width"]) if content["critic"] else None
-        if critic:
-            critic.load_state_dict(content["critic"])
     except (KeyError, TypeError, RuntimeError):
         fail(f"{path}: its weights do not have the shapes its configuration says; train it again")
-    return Trained(path, task, policy.to(device).eval(), critic.to(device) if critic else None, content)
+    return Trained(path, task, policy.to(device).eval(), content)
 
 
 def curve_label(record: dict) -> str:
@@ -423,7 +346,7 @@ def transfer(trained: Trained, velocities: np.ndarray, v_range, steps: int, args
 
 
 def plot(records: list[dict], title: str, file: str) -> None:
-    """Realised against target velocity with the diagonal; the calibration curves of both ends. Of the first budget."""
+    """Realised against target velocity with the diagonal; the calibration curves of both ends. Of the largest budget."""
     import matplotlib  # imported here: it takes a while
 
     matplotlib.use("Agg")
@@ -431,12 +354,12 @@ def plot(records: list[dict], title: str, file: str) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     for i, record in enumerate(records):
-        first, label = record["budgets"][0], curve_label(record)
+        largest, label = max(record["budgets"], key=lambda one: one["budget"]), curve_label(record)
         v, mean, std = (
-            np.array([row[k] for row in first["velocities"]]) for k in ("velocity", "velocity_mean", "velocity_std")
+            np.array([row[k] for row in largest["velocities"]]) for k in ("velocity", "velocity_mean", "velocity_std")
         )
         left.errorbar(v, mean, std, marker="o", markersize=4, capsize=2, color=f"C{i}", label=label)
-        for curve, style in zip(first["calibration"], ("--", "-")):
+        for curve, style in zip(largest["calibration"], ("--", "-")):
             right.plot(
                 curve["rtg"], curve["return_mean"], style, color=f"C{i}", marker=".", label=f"{label}, {curve['velocity']:g} m/s"
             )  # fmt: skip
@@ -446,7 +369,7 @@ def plot(records: list[dict], title: str, file: str) -> None:
     left.set_xlabel("target velocity (m/s)")
     left.set_ylabel("realised velocity (m/s; bar: one std over episodes)")
     right.set_xlabel("requested return (raw), star: the best")
-    right.set_ylabel("return in HalfCheetah-Vel (calibration)")
+    right.set_ylabel(f"return in HalfCheetah-Vel, {largest['budget']} requests tried per end")
     for axes in (left, right):
         axes.legend(fontsize="small")
         axes.grid(alpha=0.3)
@@ -497,8 +420,9 @@ def main() -> None:
     folder, stem = path.parent, "transfer" + "_extended" * args.extended + "_best" * (path.name == "policy_best.pt")
     if not os.access(folder, os.W_OK):
         fail(f"{folder}: cannot write {stem}.json there; copy the checkpoint to a folder of your own")
-    if not trained[0].content.get("finished", True):
-        print(f"note: this run is at step {trained[0].content['step']:,} and not finished")
+    for one in trained:
+        if not one.content.get("finished", True):
+            print(f"note: {one.path} is at step {one.content['step']:,} and not finished")
 
     steps = EXTENDED_STEPS if args.extended else STEPS
     v_range = (EXTENDED[0], EXTENDED[-1]) if args.extended else (GRID[0], GRID[-1])
@@ -648,18 +572,12 @@ def parse_env(name: str) -> Task:
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one; exits 2 where CUDA is asked for and missing. Switches TF32 off."""
     torch.set_float32_matmul_precision("highest")  # float32 is float32, for the critic above all
+    warnings.filterwarnings("ignore", message=".*TensorFloat32")  # torch.compile's advice to have it
+    warnings.filterwarnings("ignore", message=".*capturable=True")  # Adam's, on the steps before a CUDA graph
     torch.backends.cudnn.allow_tf32 = False
     if name == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: torch finds no CUDA device here; use --device cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def keep_freed_memory() -> None:
-    """Have glibc reuse freed memory: it returns large blocks to the kernel, and every step would fault them in again."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        libc.mallopt(m_mmap_threshold, 2**30)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def tensor_hash(tensors) -> str:
@@ -673,6 +591,56 @@ def tensor_hash(tensors) -> str:
 
 
 # ======== end of shared: task ========
+
+# ======== shared: speed (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout; on a CPU with 16 random bits an element instead of torch's 64, in a third to a half of its time."""
+
+    def forward(self, x):
+        if not self.training or x.is_cuda or torch.compiler.is_compiling():
+            return super().forward(x)
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        dropped = round(2**16 * self.p)  # of 65,536 values
+        keep = bits[: x.numel()].view(x.shape) >= dropped - 2**15
+        return x * (keep.to(x.dtype) / (1 - dropped / 2**16))
+
+
+class CPUMish(torch.autograd.Function):
+    """x tanh(softplus(x)) as x m / (2 - m) with m = s (2 - s), s = sigmoid(x): on a CPU 2 to 3 times torch's speed."""
+
+    @staticmethod
+    def forward(ctx, x):
+        s = torch.sigmoid(x)
+        m = s * (2 - s)
+        r = (2 - m).reciprocal_()
+        t = m.mul_(r)  # tanh(softplus(x)), whose derivative is s (2 (1 - s) r)^2
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(torch.addcmul(t, x, (1 - s).mul_(r).mul_(2).square_().mul_(s)))
+        return x * t
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0]
+
+
+def mish(x: torch.Tensor) -> torch.Tensor:
+    """F.mish, of which CUDA and compilers make one kernel."""
+    return F.mish(x) if x.is_cuda or torch.compiler.is_compiling() else CPUMish.apply(x)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc reuse freed memory: it returns large blocks to the kernel, and every step would fault them in again."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        # an older glibc refuses more than 32 MiB; the second setting alone would make things worse
+        if libc.mallopt(m_mmap_threshold, 2**30) or libc.mallopt(m_mmap_threshold, 2**25):
+            libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+# ======== end of shared: speed ========
 
 # ======== shared: simulator (the same text in collect_dataset.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
 

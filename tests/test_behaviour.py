@@ -67,7 +67,7 @@ def test_video_shows_one_episode_per_target_side_by_side(folder):
         pytest.skip("no OpenGL on this machine")
     assert done.returncode == 0, done.stderr
     picture = Image.open(folder / "video.gif")
-    assert picture.size == (2 * 240, 200) and 2 <= picture.n_frames <= 120
+    assert picture.size == (2 * 240, 200) and picture.info["duration"] == 80 and picture.n_frames >= 2
     frames = []
     for i in (0, picture.n_frames - 1):
         picture.seek(i)

@@ -27,30 +27,38 @@ def command(folder, data, *studies_and_flags, train=TRAIN):
 def fake_record(rmse, best, seed, steps=10):
     sweep = [{"target_score": 10.0 * i, "score_mean": 10.0 * i + rmse} for i in range(3)]
     alignment = {
-        "alignment_rmse": rmse, "best_score": best, "high_targets": [{"score_mean": best - 1}], "sweep": sweep, "seed": seed,
-        "spearman_target_vs_real": 0.5, "spearman_q_vs_return": None, "trained_on": {"label": "data"}, "total_steps": steps,
+        "alignment_rmse": rmse, "best_score": best, "high_targets": [{"score_mean": best - 9}, {"score_mean": best - 1}], "sweep": sweep, "seed": seed,
+        "spearman_target_vs_real": 0.5, "spearman_q_vs_return": None, "trained_on": {"label": "data", "hash": "a"}, "total_steps": steps,
     }  # fmt: skip
-    record = {
-        "alignment": alignment,
-        "alignment_best": alignment,
-        "seconds": {"training": 90.0},
-        "commands": [f"seed {seed}"],
-    }
-    return record
+    critic = {"q_mean": 270.0, "return_mean": 300.0}
+    seconds, commands = {"training": 90.0}, [f"seed {seed}"]
+    return {"alignment": alignment, "alignment_best": None, "critic": critic, "seconds": seconds, "commands": commands}
 
 
 def test_table_has_every_seed_the_mean_an_interval_and_paired_comparisons(tmp_path):
-    study = benchmark.STUDIES["components"]
     records = {
         "Q-Align DT": {1: fake_record(2.0, 90.0, 1), 2: fake_record(4.0, 80.0, 2)},
         "DT": {1: fake_record(30.0, 95.0, 1), 2: fake_record(3.0, 70.0, 2), 3: fake_record(9.0, 1.0, 3)},
     }
-    lines = benchmark.table(study, records)
+    lines = benchmark.table("Q-Align DT", records)
     assert "**3.00** [2.00, 4.00] (2.00, 4.00)" in lines[2] and "| 1, 2 |" in lines[2]
     assert "**14.00** [3.00, 30.00] (30.00, 3.00, 9.00)" in lines[3] and "**1.50** (1.50, 1.50, 1.50)" in lines[3]
     # seed 3 has no partner; RMSE is higher with seed 1 only, the best score lower with seed 2 only
     assert lines[-1] == "DT against Q-Align DT: RMSE higher in 1, best score lower in 1 of 2 seeds."
     assert benchmark.interval([1.0]) == benchmark.interval([2.0, 2.0]) == ""
+    cells = dict(zip(benchmark.COLUMNS, lines[2].strip("| ").split(" | ")[2:]))
+    assert cells["best score at a high target"].startswith("**84.00**") and cells["best checkpoint: RMSE"] == "-"
+    assert cells["critic: mean Q / mean return"].startswith("**0.90**")
+    del records["Q-Align DT"]  # without the baseline there is nothing to compare with
+    assert "against" not in "".join(benchmark.table("Q-Align DT", records | {"DT + conv": records["DT"]}))
+
+
+def test_runs_of_other_data_or_length_are_not_put_into_one_table(tmp_path, capsys):
+    records = {"Q-Align DT": {1: fake_record(2.0, 90.0, 1), 2: fake_record(4.0, 80.0, 2, steps=11)}}
+    args = benchmark.Args(("spearman",), results_dir=str(tmp_path))
+    with pytest.raises(SystemExit):
+        benchmark.summarise("spearman", args, records, [])
+    assert "different data or gradient steps" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_bootstrap_interval_is_scipys_percentile_one():
@@ -102,6 +110,7 @@ def test_a_failed_run_is_reported_and_the_others_go_on(finished):
     assert records == [f"{ENV}__dt_alignment__1", f"{ENV}__dt_conv__1", f"{ENV}__train_qalign_dt__1"]
     text = (folder / f"results/components__{ENV}.md").read_text()
     assert "| DT + conv | 1 |" in text and "| DT | 1 |" not in text and "hopper_tiny.hdf5" in text
+    assert f"Missing: {ENV}__dt__1." in text
     rows = list(csv.DictReader(open(folder / f"results/components__{ENV}.csv")))
     assert [row["variant"] for row in rows] == ["Q-Align DT", "DT + alignment", "DT + conv"]
     record = json.loads((folder / f"results/records/{ENV}__train_qalign_dt__1.json").read_text())
@@ -109,7 +118,8 @@ def test_a_failed_run_is_reported_and_the_others_go_on(finished):
     assert record["alignment"] == alignment and record["critic"]["spearman_q_vs_return"] is not None
     assert float(rows[0]["alignment RMSE"]) == alignment["alignment_rmse"]
     assert (folder / f"results/components__{ENV}.png").read_bytes()[:4] == b"\x89PNG"
-    assert len(list((folder / "runs").glob("*pretrain_q*"))) == 1  # stage 1 once, for two runs that need it
+    logs = [(folder / f"runs/logs/{ENV}__{name}__1.log").read_text() for name in ("train_qalign_dt", "dt_alignment")]
+    assert sorted("critic.pt is finished" in log for log in logs) == [False, True]  # stage 1 once, for both
 
 
 def test_the_same_command_runs_only_what_is_missing(finished, hopper_file):
@@ -128,7 +138,10 @@ def test_the_same_command_runs_only_what_is_missing(finished, hopper_file):
         again.returncode == 0 and "4 runs, 4 of them finished before" in again.stdout and time.monotonic() - start < 20
     )
     other = subprocess.run([*argv, "--target-step", "50"], capture_output=True, text=True)
-    assert other.returncode == 2 and "is of other flags or data" in other.stderr and len(other.stderr.splitlines()) == 1
+    assert (
+        other.returncode == 2 and "target_step 100.0 there, 50.0 here; choose another --results-dir, or" in other.stderr
+    )
+    assert len(other.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
@@ -141,7 +154,6 @@ def test_killed_and_started_again_the_run_goes_on(number, tmp_path, hopper_file)
         time.sleep(0.05)
     process.send_signal(number)
     assert process.wait() == (130 if number == signal.SIGINT else -number)
-    time.sleep(0.5)  # the children of a killed process end by themselves
     assert not (tmp_path / "results/records").exists()
     steps = len(metrics.read_text().splitlines())
     assert 3 <= steps < 30
@@ -158,6 +170,8 @@ def test_killed_and_started_again_the_run_goes_on(number, tmp_path, hopper_file)
         (["colours"], "unknown study colours: choose of components, "),
         ([], "unknown study (none named)"),
         (["loss", "--workers", 0], "--workers and --rollouts must be at least 1"),
+        (["loss", "--target-step", "nan"], "--target-step positive"),
+        (["loss", "--env", "antmaze-umaze-v2"], "AntMaze has no simulator here"),
     ],
 )
 def test_bad_input_is_one_line(flags, message, run_main, tmp_path, monkeypatch):
@@ -167,7 +181,7 @@ def test_bad_input_is_one_line(flags, message, run_main, tmp_path, monkeypatch):
 
 
 def test_ray_cluster_of_two_workers(tmp_path, hopper_file):
-    pytest.importorskip("ray")
+    pytest.importorskip("ray")  # an optional dependency
     argv = [*command(tmp_path, hopper_file, "components", "--seeds", 1), "--ray", "local"]
     done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

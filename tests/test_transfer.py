@@ -36,7 +36,8 @@ def runs(tmp_path_factory):
     cheetah = write_hdf5(folder / "cheetah.hdf5", *record("HalfCheetah-v4", episodes=20, limit=15))
     hopper = write_hdf5(folder / "hopper.hdf5", *record("Hopper-v4", episodes=20, limit=15))
     dt = ["--lambda-e", "0", "--no-conv", "--exp-name", "dt", "--eval-every", "0"]
-    for env, file, flags in ((ENV, cheetah, dt), ("hopper-medium-tiny", hopper, dt)):
+    aligned = ["--critic-steps", "10", "--eval-every", "0"]
+    for env, file, flags in ((ENV, cheetah, dt), (ENV, cheetah, aligned), ("hopper-medium-tiny", hopper, dt)):
         command = ["train_qalign_dt.py", "--env", env, "--dataset-path", str(file), "--runs-dir", str(folder / "runs")]
         with mock.patch("sys.argv", [*command, *TINY2, *flags]):
             stage2.main()
@@ -135,14 +136,15 @@ def test_return_to_go_falls_by_the_training_kind_of_reward(runs):
 QUICK = "--device cpu --precision fp32 --rollouts 2 --calibration-rollouts 1".split()
 
 
-def test_command_line_with_budgets_and_a_second_checkpoint(runs, run_main, tmp_path):
-    checkpoint = runs / f"{ENV}__dt__1/policy.pt"
-    argv = ["--env", ENV, "--runs-dir", runs, "--exp-name", "dt", "--budgets", 3, 2, "--compare", checkpoint, *QUICK]
+def test_command_line_with_budgets_and_further_checkpoints(runs, run_main):
+    checkpoint, other = (runs / f"{ENV}__{name}__1/policy.pt" for name in ("dt", "train_qalign_dt"))
+    compare = ["--compare", checkpoint, other]
+    argv = ["--env", ENV, "--runs-dir", runs, "--exp-name", "dt", "--budgets", 2, 3, *compare, *QUICK]
     code, out, err = run_main(transfer, *argv)
     assert code == 0, err
     result = json.loads((checkpoint.parent / "transfer.json").read_text())
     assert result["steps"] == 200 and (result["v_min"], result["v_max"]) == (0.075, 3.0)
-    assert [one["budget"] for one in result["budgets"]] == [3, 2] and len(result["compare"]) == 1
+    assert [one["budget"] for one in result["budgets"]] == [2, 3] and len(result["compare"]) == 2
     for one in result["budgets"]:
         assert [row["velocity"] for row in one["velocities"]] == list(transfer.HELD_OUT)
         for row in one["velocities"]:
@@ -153,9 +155,12 @@ def test_command_line_with_budgets_and_a_second_checkpoint(runs, run_main, tmp_p
         assert one["return_mean"] == pytest.approx(np.mean([row["return_mean"] for row in one["velocities"]]))
         for curve in one["calibration"]:
             assert curve["best_rtg"] == curve["rtg"][int(np.argmax(curve["return_mean"]))]
-    assert result["compare"][0]["budgets"] == result["budgets"]  # the same policy, the same episodes
+    same, another = result["compare"]
+    assert same["budgets"] == result["budgets"]  # the same policy, the same episodes
+    assert another["checkpoint"] == str(other) and another["lambda_e"] > 0 and result["lambda_e"] == 0
+    assert another["budgets"] != result["budgets"]
     rows = list(csv.DictReader(open(checkpoint.parent / "transfer.csv")))
-    assert len(rows) == 2 * 2 * 5 and {row["budget"] for row in rows} == {"2", "3"}
+    assert len(rows) == 3 * 2 * 5 and {row["budget"] for row in rows} == {"2", "3"}
     assert (checkpoint.parent / "transfer.png").read_bytes()[:4] == b"\x89PNG" and "tracking error" in out
     assert not list(runs.rglob("*.tmp"))
 
