@@ -8,6 +8,7 @@ split into policy and simulator, start-up times and peak memory. The ceiling is 
 after in the same run. Appends one JSON object to --out and prints it as a table.
 """
 
+import gc
 import json
 import os
 import platform
@@ -67,7 +68,7 @@ def sync(device: torch.device) -> None:
 
 
 def seconds(call, device: torch.device, repeats: int, warm_up: int = 1) -> list[float]:
-    """The time of each repeat; on CUDA, where calls return at once, of all repeats together, divided."""
+    """The time of each repeat; on CUDA, where calls return at once, one number: that of all repeats, divided."""
     for _ in range(warm_up):
         call()
     sync(device)
@@ -86,10 +87,10 @@ def seconds(call, device: torch.device, repeats: int, warm_up: int = 1) -> list[
 
 
 def ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a plain matrix product: the best of ten."""
+    """FLOP/s of a plain matrix product: on a CPU the best of ten, on CUDA the best of three means of ten."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2 * n**3 / min(min(seconds(lambda: a @ b, device, 10)) for _ in range(1 if device.type == "cpu" else 3))
+    return 2 * n**3 / min(min(seconds(lambda: a @ b, device, 10)) for _ in range(3 if device.type == "cuda" else 1))
 
 
 def learner(data, task, device, compile=False, **changes) -> stage2.CoTraining:
@@ -101,20 +102,25 @@ def learner(data, task, device, compile=False, **changes) -> stage2.CoTraining:
     return stage2.CoTraining(task, windows, cfg, compile=compile)
 
 
-def forward_flop(cfg: dict, windows: int) -> float:
-    """Of the transformer's blocks, App. D.1: projections, convolution, attention and MLP; two for each multiplication."""
-    D, T = cfg["embed_dim"], 3 * cfg["context_len"]
-    return 2 * windows * T * cfg["n_layer"] * D * (12 * D + 18 * D * cfg["conv"] + 2 * T)
+def forward_flop(cfg: dict, windows: int, rollout: bool = False) -> float:
+    """Of the transformer's blocks, App. D.1: projections, convolution, attention and MLP; two for each multiplication.
+    In a rollout the last block only computes keys and values of all tokens."""
+    D, T, conv = cfg["embed_dim"], 3 * cfg["context_len"], cfg["conv"]
+    block, last = D * (12 * D + 18 * D * conv + 2 * T), D * (3 * D + 12 * D * conv)
+    return 2 * windows * T * (block * (cfg["n_layer"] - rollout) + last * rollout)
 
 
 def training_step(data, task, device, sizes: dict, precision, compile, graph, repeats) -> tuple[float, float]:
-    """Median seconds of one step of Algorithm 1, and its arithmetic in FLOP (the transformer's alone)."""
+    """Median seconds of one step of Algorithm 1 with its metrics, and its arithmetic in FLOP (the transformer's alone)."""
+    torch._dynamo.reset()  # an earlier variant's shapes must not make this one's symbolic
     co = learner(data, task, device, compile, precision=precision, **sizes)
     step = stage2.CudaGraph(co.step, co.generator) if graph else co.step
 
+    meters = stage2.Meters(co.metrics, device)
+
     def call():
         co.schedule(0)
-        step()
+        meters.add(step(), 0)
 
     times = seconds(call, device, repeats, warm_up=10 if device.type == "cuda" else 1)
     return statistics.median(times), FORWARDS * forward_flop(co.cfg, co.cfg["batch_size"])
@@ -122,10 +128,17 @@ def training_step(data, task, device, sizes: dict, precision, compile, graph, re
 
 def pretraining_step(data, task, device, width, compile, graph, repeats) -> tuple[float, float]:
     """Median seconds of one step of stage 1's SARSA at batch 512, and its arithmetic: one pass of Q', three of Q."""
+    torch._dynamo.reset()
     cfg = stage1.resolve(replace(stage1.Args(), critic_width=width), task)
     pre = stage1.Pretraining(task, stage1.Transitions(data, task, device), cfg, compile)
     step = stage1.CudaGraph(pre.step, pre.generator) if graph else pre.step
-    times = seconds(lambda: (step(False, True), step(False, False)), device, repeats, warm_up=10)
+    meters = stage1.Meters(pre.metrics, device)
+
+    def two_steps():
+        for move_target in (True, False):
+            meters.add(step(False, move_target), 0)
+
+    times = seconds(two_steps, device, repeats, warm_up=10)
     one_pass = 2 * cfg["batch_size"] * sum(p.numel() for p in pre.critic.weights)
     return statistics.median(times) / 2, 4 * one_pass
 
@@ -199,18 +212,20 @@ def memory(device: torch.device, folder: str) -> dict:
     )
     result = dict(arrays=size, host=int(child("-c", program, str(path))), cuda=None)
     if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         task = stage2.parse_env("hopper-medium-benchmark")
         data = stage2.read_dataset(task, (str(path),))
         training_step(data, task, device, PAPER, "bf16", True, True, 5)
-        result["cuda"] = torch.cuda.max_memory_allocated()
+        result["cuda"] = torch.cuda.max_memory_reserved()
     return result
 
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    device, cuda = stage2.pick_device(args.device), False
-    cuda = device.type == "cuda"
+    device = stage2.pick_device(args.device)
+    cuda, precision = device.type == "cuda", "bf16" if stage2.use_bf16("auto", device) else "fp32"
     stage2.keep_freed_memory()
     task = stage2.parse_env("hopper-mini")
     data = stage2.read_dataset(task, ())
@@ -246,20 +261,22 @@ def main() -> None:
         say(f"critic pretraining, batch 512, width 256, {name}: {1e3 * time_:.2f} ms")
     sweeps = []
     for size, sizes in (("paper size", PAPER), ("hopper-mini", small)):
-        time_ = sweep_step(task, device, "bf16", sizes, repeats=20 if cuda else 3)
-        flop = forward_flop(dict(sizes, conv=True), TARGETS * ROLLOUTS)
+        time_ = sweep_step(task, device, precision, sizes, repeats=20 if cuda else 3)
+        flop = forward_flop(dict(sizes, conv=True), TARGETS * ROLLOUTS, rollout=True)
         sweeps.append(dict(size=size, flop=flop, **{f"{k}_ms": 1e3 * v for k, v in time_.items()}))
         say(f"sweep, {size}: policy {1e3 * time_['policy']:.0f} ms, simulator {1e3 * time_['simulator']:.0f} ms a step")
     with tempfile.TemporaryDirectory() as folder:
         result |= dict(start=start_up(device, folder), memory=memory(device, folder))
     if args.full:
-        result["whole_sweep_s"] = whole_sweep(device, "bf16")
+        result["whole_sweep_s"] = whole_sweep(device, precision)
     for name in rates:
         rates[name] = max(rates[name], ceiling(device, getattr(torch, name)))
     for row in steps:
         row["share"] = row["flop"] / row["ms"] * 1e3 / rates["bfloat16" if row["precision"] == "bf16" else "float32"]
     for row in critics:
         row["share"] = row["flop"] / row["ms"] * 1e3 / rates["float32"]
+    for row in sweeps:
+        row["share"] = row["flop"] / row["policy_ms"] * 1e3 / rates["bfloat16" if precision == "bf16" else "float32"]
     result |= dict(ceiling=rates, training=steps, pretraining=critics, sweep=sweeps)
 
     lines = ["| what | ms | TFLOP/s | share of the ceiling |", "|---|---|---|---|"]
@@ -271,7 +288,9 @@ def main() -> None:
         lines.append(f"| {name} | {row['ms']:.3g} | {row['flop'] / row['ms'] / 1e9:.3g} | {row['share']:.0%} |")
     for row in sweeps:
         name = f"sweep of {TARGETS} x {ROLLOUTS} rollouts, {row['size']}, one step"
-        lines.append(f"| {name}: policy + simulator | {row['policy_ms']:.0f} + {row['simulator_ms']:.0f} | | |")
+        rate = row["flop"] / row["policy_ms"] / 1e9
+        lines.append(f"| {name}, policy | {row['policy_ms']:.0f} | {rate:.3g} | {row['share']:.0%} |")
+        lines.append(f"| {name}, simulator | {row['simulator_ms']:.0f} | | |")
     say("\n" + "\n".join(lines))
     start, peak = result["start"], result["memory"]
     say(
