@@ -1438,7 +1438,7 @@ def pretrain(critic_path: Path, args: Args, cfg: dict) -> None:
 
 
 def announce_duration(args: Args, cfg: dict, task: Task, device: torch.device, needs_critic: bool) -> None:
-    """A run that will take over an hour says so first: its arithmetic over a third of this machine's measured rate."""
+    """A run that will take over an hour says so first: its arithmetic over half of this machine's measured rate."""
 
     def rate(dtype) -> float:  # operations per second of a plain matrix product
         a = torch.randn(4096 if device.type == "cuda" else 1024, device=device).to(dtype).expand(1024, -1).contiguous()
@@ -1451,14 +1451,14 @@ def announce_duration(args: Args, cfg: dict, task: Task, device: torch.device, n
     forward = 2 * cfg["batch_size"] * 3 * K * cfg["n_layer"] * D * (12 * D + 18 * D * cfg["conv"] + 6 * K)
     # the target policy forward; clean and perturbed windows forward and backward
     policy_work = (7 if aligned else 3) * forward * cfg["total_steps"]
-    seconds = 3 * policy_work / rate(torch.bfloat16 if cfg["precision"] == "bf16" else torch.float32)
+    seconds = 2 * policy_work / rate(torch.bfloat16 if cfg["precision"] == "bf16" else torch.float32)
     if aligned:
         width = cfg["critic_width"]
         q_forward = 4 * width * (task.obs_dim + task.act_dim + 1 + 2 * width)  # one state-action pair, both critics
         q_work = 8 * q_forward * cfg["batch_size"] * K * cfg["total_steps"]
         if needs_critic:
             q_work += 4 * q_forward * 512 * (args.critic_steps or (10_000 if task.quality == "mini" else 2_000_000))
-        seconds += 3 * q_work / rate(torch.float32)
+        seconds += 2 * q_work / rate(torch.float32)
     if seconds > 3600:
         hours = seconds / 3600
         print(f"about {hours:.0f} hours on this {device.type}; README's quickstart, --env hopper-mini, takes minutes")
