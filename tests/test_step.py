@@ -112,6 +112,15 @@ def test_the_watch_sees_what_a_cuda_graph_cannot_record():
         assert watch.found
 
 
+@pytest.mark.parametrize("regress, target", [(True, stage1.return_target), (False, stage1.sarsa_target)])
+def test_stage_1_regresses_on_returns_or_takes_sarsas_target(regress, target, hopper_file):
+    learner = pretraining(hopper_file, method="sarsa")
+    i = torch.randint(len(learner.data.train), (8,), generator=torch.Generator().manual_seed(learner.cfg["seed"]))
+    rows = learner.data.train[i]
+    expected, _ = stage1.td_loss(learner.critic, learner.data, rows, target(learner.target_critic, learner.data, rows))
+    assert learner.step(regress, False)[0].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_schedule_falls_from_the_learning_rates_to_0_along_a_cosine(hopper_file):
     learner = co_training(hopper_file, precision="fp32", actor_lr=1e-3, critic_lr=2e-3)
     for step, factor in ((0, 1.0), (5, 0.5), (10, 0.0)):
