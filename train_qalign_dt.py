@@ -288,7 +288,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         rows = x.shape[:-1]
-        x = x.reshape(-1, x.shape[-1]).expand(len(self.weights[0]), -1, -1)
+        x = x.reshape(-1, x.shape[-1]).expand(len(self.weights[0]), -1, -1)  # (n, rows, inputs)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             x = torch.baddbmm(bias, x, weight)
             if i < len(self.weights) - 1:
