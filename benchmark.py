@@ -23,6 +23,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import filelock
 import numpy as np
@@ -30,15 +31,26 @@ import tyro
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-Q_ALIGN = ("train_qalign_dt", "")  # experiment name and flags of the method itself; every study shares its runs
+
+
+class Variant(NamedTuple):
+    """One entry of a study: experiment name and flags of stage 2, and of stage 1, which variants share by its name."""
+
+    exp_name: str
+    flags: str = ""
+    critic: str = "pretrain_q"
+    critic_flags: str = ""
+
+
+Q_ALIGN = Variant("train_qalign_dt")  # the method itself; every study shares its runs
 
 
 @dataclass(frozen=True)
 class Study:
-    """Variants (label -> experiment name, flags of stage 2); the first is what the others are compared with."""
+    """Labelled variants; the first is what the others are compared with."""
 
     claim: str
-    variants: dict
+    variants: dict[str, Variant]
     seeds: tuple[int, ...]
 
 
@@ -47,9 +59,9 @@ STUDIES = {
         "alignment loss and convolution: both are best, the loss matters most (Tables 4, E.17)",
         {
             "Q-Align DT": Q_ALIGN,
-            "DT + alignment": ("dt_alignment", "--no-conv"),
-            "DT + conv": ("dt_conv", "--lambda-e 0"),
-            "DT": ("dt", "--lambda-e 0 --no-conv"),
+            "DT + alignment": Variant("dt_alignment", "--no-conv"),
+            "DT + conv": Variant("dt_conv", "--lambda-e 0"),
+            "DT": Variant("dt", "--lambda-e 0 --no-conv"),
         },
         (1, 2, 3),
     ),
@@ -57,9 +69,9 @@ STUDIES = {
         "a fixed critic, or one without raised requests, fails at low targets (Table E.10, Figure 2)",
         {
             "Q-Align DT": Q_ALIGN,
-            "fixed critic": ("fixed_critic", "--no-update-q"),
-            "Delta_RTG 0": ("delta_rtg_0", "--delta-rtg 0"),
-            "Delta_RTG 10": ("delta_rtg_10", "--delta-rtg 10"),
+            "fixed critic": Variant("fixed_critic", "--no-update-q"),
+            "Delta_RTG 0": Variant("delta_rtg_0", "--delta-rtg 0"),
+            "Delta_RTG 10": Variant("delta_rtg_10", "--delta-rtg 10"),
         },
         (1, 2),
     ),
@@ -67,25 +79,34 @@ STUDIES = {
         "the symmetric penalty is unstable, the squared one changes little (Table E.11)",
         {
             "one-sided": Q_ALIGN,
-            "symmetric": ("symmetric", "--alignment symmetric"),
-            "squared": ("squared", "--alignment squared"),
+            "symmetric": Variant("symmetric", "--alignment symmetric"),
+            "squared": Variant("squared", "--alignment squared"),
         },
         (1, 2),
     ),
     "sigma": Study(
         "sigma_e is uncritical above a small value (Table E.12)",
-        {"Q-Align DT": Q_ALIGN} | {f"sigma_e {x:g}": (f"sigma_{x:g}", f"--sigma-e {x:g}") for x in (0.1, 0.5, 2, 10)},
+        {"Q-Align DT": Q_ALIGN}
+        | {f"sigma_e {x:g}": Variant(f"sigma_{x:g}", f"--sigma-e {x:g}") for x in (0.1, 0.5, 2, 10)},
         (1, 2),
     ),
     "lambda": Study(
         "without the alignment loss the score is low, above some lambda_e it no longer depends on it (Table E.14)",
-        {"Q-Align DT": Q_ALIGN, "lambda_e 0": ("dt_conv", "--lambda-e 0")}
-        | {f"lambda_e {x:g}": (f"lambda_{x:g}", f"--lambda-e {x:g}") for x in (0.005, 0.05, 0.3)},
+        {"Q-Align DT": Q_ALIGN, "lambda_e 0": Variant("dt_conv", "--lambda-e 0")}
+        | {f"lambda_e {x:g}": Variant(f"lambda_{x:g}", f"--lambda-e {x:g}") for x in (0.005, 0.05, 0.3)},
         (1, 2),
     ),
     "noise": Study(
         "noise on the target critic is tolerated (Table E.13)",
-        {"Q-Align DT": Q_ALIGN} | {f"sigma_n {x:g}": (f"noise_{x:g}", f"--q-noise {x:g}") for x in (1, 10, 50)},
+        {"Q-Align DT": Q_ALIGN} | {f"sigma_n {x:g}": Variant(f"noise_{x:g}", f"--q-noise {x:g}") for x in (1, 10, 50)},
+        (1, 2),
+    ),
+    "discount": Study(
+        "that Q is discounted and the request is not does no harm (App. D.2)",
+        {
+            "Q-Align DT": Q_ALIGN,  # gamma 0.99
+            "gamma 0.997": Variant("gamma_0.997", "", "pretrain_q_gamma_0.997", "--gamma 0.997"),
+        },
         (1, 2),
     ),
     "spearman": Study("Q ranks realised returns (Table E.19)", {"Q-Align DT": Q_ALIGN}, (1, 2, 3)),
@@ -95,7 +116,7 @@ STUDIES = {
 @dataclass
 class Args:
     studies: tyro.conf.Positional[tuple[str, ...]]
-    """which of components, critic, loss, sigma, lambda, noise, spearman; runs that several share are run once"""
+    """which of components, critic, loss, sigma, lambda, noise, discount, spearman; runs that several share are run once"""
     env: str = "hopper-mini"
     """the dataset, as in the stages"""
     dataset_path: tuple[str, ...] = ()
@@ -130,18 +151,22 @@ def fail(message: str, code: int = 2):
 class Run:
     """One variant with one seed: stages 1 to 3 as commands, and the record they leave."""
 
-    exp_name: str
-    flags: str
+    variant: Variant
     seed: int
     args: Args
 
     @property
     def name(self) -> str:
-        return f"{self.args.env}__{self.exp_name}__{self.seed}"
+        return f"{self.args.env}__{self.variant.exp_name}__{self.seed}"
 
     @property
     def folder(self) -> Path:
         return Path(self.args.runs_dir) / self.name
+
+    @property
+    def critic(self) -> Path:
+        """Stage 1's folder."""
+        return Path(self.args.runs_dir) / f"{self.args.env}__{self.variant.critic}__{self.seed}"
 
     @property
     def record_file(self) -> Path:
@@ -152,7 +177,8 @@ class Run:
         a = self.args
         paths = [Path(p) for p in a.dataset_path] or [HERE / "data" / f"{a.env}.hdf5"]  # D4RL's files do not change
         data = {p.name: hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in paths if p.is_file()}
-        flags = dict(flags=self.flags, train_flags=a.train_flags, critic_flags=a.critic_flags)
+        critic_flags = f"{a.critic_flags} {self.variant.critic_flags}".strip()
+        flags = dict(flags=self.variant.flags, train_flags=a.train_flags, critic_flags=critic_flags)
         return dict(run=self.name, data=data, **flags, rollouts=a.rollouts, target_step=a.target_step)
 
     def record(self) -> dict | None:
@@ -177,13 +203,17 @@ class Run:
 
     def stages(self) -> list[tuple[str, list[str]]]:
         """Name and command of each, in order. A run without alignment loss (lambda_e 0) has no critic."""
-        a = self.args
+        a, variant = self.args, self.variant
         data = ["--dataset-path", *a.dataset_path] if a.dataset_path else []
-        train = [*shlex.split(a.train_flags), *shlex.split(self.flags)]
+        train = [*shlex.split(a.train_flags), *shlex.split(variant.flags), "--exp-name", variant.exp_name]
+        critic = [*shlex.split(a.critic_flags), *shlex.split(variant.critic_flags)]
+        if variant.critic != Q_ALIGN.critic:  # else stage 2 finds it by itself
+            critic += ["--exp-name", variant.critic]
+            train += ["--critic", str(self.critic / "critic.pt")]
         weights = [float(value) for flag, value in zip(train, train[1:]) if flag == "--lambda-e"]
         stages = [
-            ("critic", self.stage("pretrain_q.py", *data, *shlex.split(a.critic_flags))),
-            ("training", self.stage("train_qalign_dt.py", *data, *train, "--exp-name", self.exp_name)),
+            ("critic", self.stage("pretrain_q.py", *data, *critic)),
+            ("training", self.stage("train_qalign_dt.py", *data, *train)),
         ]
         for what, policy in (("sweep", "policy.pt"), ("sweep of the best checkpoint", "policy_best.pt")):
             sweep = ["--rollouts", str(a.rollouts), "--target-step", str(a.target_step)]
@@ -235,8 +265,8 @@ class Pool:
 def perform(run: Run, pool: Pool, environment: dict, say=lambda text: None) -> dict:
     """Run the stages of one run, which go on where they were, and write its record. Returns it, or {"failed": why}."""
     runs_dir = Path(run.args.runs_dir)
-    logs, critic = runs_dir / "logs", runs_dir / f"{run.args.env}__pretrain_q__{run.seed}"
-    log, seconds, stages = logs / f"{run.name}.log", {}, run.stages()
+    logs, critic, seconds, stages = runs_dir / "logs", run.critic, {}, run.stages()
+    log = logs / f"{run.name}.log"
     try:
         with pool.hold(logs / f"{run.name}.lock"):
             if record := run.record():  # another process has just finished it
@@ -388,6 +418,7 @@ COLUMNS = {  # of the tables: heading -> value of a record
     "best checkpoint: best score at a high target": lambda r: best_at_high_targets(r["alignment_best"]),
     "Spearman of target and return": lambda r: r["alignment"]["spearman_target_vs_real"],
     "Spearman of Q and return": lambda r: r["alignment"]["spearman_q_vs_return"],
+    "Spearman of Q and discounted return": lambda r: r["alignment"].get("spearman_q_vs_discounted_return"),
     "critic: mean Q / mean return": lambda r: r["critic"] and r["critic"]["q_mean"] / r["critic"]["return_mean"],
     "minutes of training": lambda r: r["seconds"].get("training") and r["seconds"]["training"] / 60,
 }
@@ -500,8 +531,8 @@ def main() -> None:
         fail(f"--env {args.env}: AntMaze has no simulator here, so there is nothing to sweep")
     wanted = {
         name: {
-            label: {seed: Run(exp_name, flags, seed, args) for seed in args.seeds or STUDIES[name].seeds}
-            for label, (exp_name, flags) in STUDIES[name].variants.items()
+            label: {seed: Run(variant, seed, args) for seed in args.seeds or STUDIES[name].seeds}
+            for label, variant in STUDIES[name].variants.items()
         }
         for name in args.studies
     }

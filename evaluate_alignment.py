@@ -222,7 +222,7 @@ class MLP(nn.Module):
 class DoubleQ(MLP):
     """Two independent Q networks.
 
-    Call with obs (..., obs_dim) standardised and act (..., act_dim); returns (2, ...): raw return, gamma 0.99.
+    Call with obs (..., obs_dim) standardised and act (..., act_dim); returns (2, ...): discounted raw return.
     Always float32 with TF32 off: the alignment signal is the sign of a small difference of two large numbers.
     """
 
@@ -356,17 +356,20 @@ def sweep(trained: Trained, targets: np.ndarray, high_targets, rollouts: int, se
         })  # fmt: skip
     rows, high_rows = rows[: len(targets)], rows[len(targets) :]
     scores, target_scores = (np.array([row[k] for row in rows]) for k in ("score_mean", "target_score"))
-    q_vs_return = None
+    q_vs_return = q_vs_discounted = None
     if critic:  # Table E.19, over the rollouts of the whole sweep
         with torch.no_grad():
             q = critic(result.first_obs, result.first_act).amin(dim=0).cpu().numpy()
         swept = len(targets) * rollouts
+        discounts = content["config"]["gamma"] ** np.arange(HORIZON)
         q_vs_return = rank_correlation(q[:swept], result.returns[:swept])
+        q_vs_discounted = rank_correlation(q[:swept], np.nansum(result.rewards[:swept] * discounts, axis=1))
     record = trained.identity() | {
         "alignment_rmse": alignment_rmse(scores, target_scores),
         "best_score": float(scores.max()),
         "spearman_target_vs_real": rank_correlation(target_scores, scores),
         "spearman_q_vs_return": q_vs_return,
+        "spearman_q_vs_discounted_return": q_vs_discounted,  # what Q is trained for
         "high_targets": high_rows,
         "sweep": rows,
     }
@@ -605,7 +608,7 @@ def main() -> None:
 
 # ======== shared: setup (the same text in collect_dataset.py, pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
 
-FORMAT = 2  # of the checkpoint files
+FORMAT = 3  # of the checkpoint files
 HORIZON = 1000  # steps after which Gymnasium and D4RL cut an episode
 
 

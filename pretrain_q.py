@@ -72,12 +72,14 @@ class Args:
     """Adam learning rate"""
     tau: float = 0.005
     """step of the target critic's moving average, every 2nd gradient step"""
+    gamma: float = 0.99
+    """discount of Q (App. D.2); stage 2 takes it over with the critic"""
     checkpoint_minutes: float = 2.0
     """wall-clock time between resume.pt files; on a CPU no bit of a run's result depends on it"""
 
 
 MINI = dict(total_steps=10_000, critic_width=128, lr=3e-4)  # hopper-mini, for two CPU cores; each entry deviates
-GAMMA, EXPECTILE, TARGET_EVERY, HELD_OUT, LOG_EVERY = 0.99, 0.8, 2, 0.05, 1000
+EXPECTILE, TARGET_EVERY, HELD_OUT, LOG_EVERY = 0.8, 2, 0.05, 1000
 
 
 # ======== shared: critic (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py) ========
@@ -109,7 +111,7 @@ class MLP(nn.Module):
 class DoubleQ(MLP):
     """Two independent Q networks.
 
-    Call with obs (..., obs_dim) standardised and act (..., act_dim); returns (2, ...): raw return, gamma 0.99.
+    Call with obs (..., obs_dim) standardised and act (..., act_dim); returns (2, ...): discounted raw return.
     Always float32 with TF32 off: the alignment signal is the sign of a small difference of two large numbers.
     """
 
@@ -126,7 +128,8 @@ class DoubleQ(MLP):
 class Transitions:
     """The whole dataset on the training device; the s' and a' of row i are row i + 1 of the same episode."""
 
-    def __init__(self, data: "Dataset", task: "Task", device: torch.device):
+    def __init__(self, data: "Dataset", task: "Task", device: torch.device, gamma: float):
+        self.gamma = gamma
         ends, rewards = np.repeat(data.ends, data.lengths), data.rewards + task.critic_reward_shift
         self.obs = (torch.as_tensor(data.observations).to(device) - data.obs_mean.to(device)).div_(
             data.obs_std.to(device)
@@ -135,7 +138,8 @@ class Transitions:
             torch.as_tensor(x).to(device) for x in (data.actions, rewards, data.terminals)
         )
         self.ends = torch.as_tensor(ends).to(device)
-        returns, to_last = discounted_returns(rewards, data.ends)
+        returns, to_last = discounted_returns(rewards, data.ends, gamma)
+        self.episodes = returns[data.starts], data.returns  # discounted and plain return of each
         self.returns, self.to_last = (torch.as_tensor(x, dtype=torch.float32).to(device) for x in (returns, to_last))
         # A timeout's last transition has neither s' nor a' in the dataset: leave it out (the release calls it terminal).
         usable = np.ones(len(ends), bool)
@@ -149,25 +153,25 @@ class Transitions:
         # where the episode's end cuts less than 1% of the discounting off, or is the MDP's own end, the return is known
         terminal_episode = np.repeat(data.terminals[data.ends - 1], data.lengths)
         self.known = torch.as_tensor(
-            np.flatnonzero(terminal_episode | (ends - np.arange(len(ends)) > math.log(0.01) / math.log(GAMMA)))
+            np.flatnonzero(terminal_episode | (ends - np.arange(len(ends)) > math.log(0.01) / math.log(gamma)))
         )
 
 
-def discounted_returns(rewards: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def discounted_returns(rewards: np.ndarray, ends: np.ndarray, gamma: float) -> tuple[np.ndarray, np.ndarray]:
     """(N,) sum of gamma^k r over the rest of each transition's episode, and (N,) gamma^(steps to its last transition)."""
     lengths = np.diff(ends, prepend=0)
     returns = rewards.astype(np.float64)
     for k in range(1, lengths.max()):  # all episodes at once, k steps before their last transition
         i = ends[lengths > k] - 1 - k
-        returns[i] += GAMMA * returns[i + 1]
-    return returns, GAMMA ** (np.repeat(ends, lengths) - 1 - np.arange(len(rewards)))
+        returns[i] += gamma * returns[i + 1]
+    return returns, gamma ** (np.repeat(ends, lengths) - 1 - np.arange(len(rewards)))
 
 
 def sarsa_target(target_critic: DoubleQ, data: Transitions, i: torch.Tensor) -> torch.Tensor:
     """y = r + gamma (1 - terminal) min_m Q'_m(s', a') for rows i (B,) -> (B,)."""
     following = (i + 1).clamp(max=len(data.reward) - 1)  # a terminal row has no successor, and its factor is 0
     q_next = target_critic(data.obs[following], data.act[following]).amin(dim=0)
-    return data.reward[i] + GAMMA * ~data.terminal[i] * q_next
+    return data.reward[i] + data.gamma * ~data.terminal[i] * q_next
 
 
 def return_target(target_critic: DoubleQ, data: Transitions, i: torch.Tensor) -> torch.Tensor:
@@ -180,7 +184,7 @@ def return_target(target_critic: DoubleQ, data: Transitions, i: torch.Tensor) ->
 def iql_target(value: nn.Module, data: Transitions, i: torch.Tensor) -> torch.Tensor:
     """y = r + gamma (1 - terminal) V(s') for rows i (B,) -> (B,)."""
     following = (i + 1).clamp(max=len(data.reward) - 1)
-    return data.reward[i] + GAMMA * ~data.terminal[i] * value(data.obs[following]).squeeze(0)
+    return data.reward[i] + data.gamma * ~data.terminal[i] * value(data.obs[following]).squeeze(0)
 
 
 def value_loss(value: nn.Module, target_critic: DoubleQ, data: Transitions, i: torch.Tensor) -> torch.Tensor:
@@ -270,6 +274,8 @@ def report(critic, target_critic, value, data: Transitions, cfg: dict) -> dict:
         "q_mean": float(q.mean()) if has_known else None,
         "return_mean": float(returns.mean()) if has_known else None,
         "spearman_q_vs_return": rank_correlation(q, returns),
+        # how well the discounted return ranks episodes by what stage 2 asks for, the plain one: no critic ranks them better
+        "spearman_discounted_vs_plain_return": rank_correlation(*data.episodes),
         "q_abs_mean": float(q_of(some(torch.arange(len(data.reward)))).abs().mean()),
     }
 
@@ -304,7 +310,7 @@ def main() -> None:
         return print(
             f"{folder}/critic.pt is finished ({cfg['total_steps']:,} steps); nothing to do (another run: --exp-name)"
         )
-    data = Transitions(dataset, task, device)
+    data = Transitions(dataset, task, device, args.gamma)
     if not len(data.train):
         fail(f"{dataset.label}: no transition with a successor or a terminal in it; the critic needs longer episodes")
 
@@ -375,12 +381,15 @@ def main() -> None:
             f"mean Q {result['q_mean']:.2f}, mean discounted return of the same transitions {result['return_mean']:.2f}"
         )
         print(f"Spearman correlation of Q and discounted return {result['spearman_q_vs_return']:.3f}")
+    if result["spearman_discounted_vs_plain_return"] is not None:
+        ceiling = f"{result['spearman_discounted_vs_plain_return']:.3f}"
+        print(f"Spearman correlation of discounted (gamma {args.gamma:g}) and plain return of whole episodes {ceiling}")
     print(f"{folder}/critic.pt")
 
 
 # ======== shared: setup (the same text in collect_dataset.py, pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
 
-FORMAT = 2  # of the checkpoint files
+FORMAT = 3  # of the checkpoint files
 HORIZON = 1000  # steps after which Gymnasium and D4RL cut an episode
 
 
@@ -904,14 +913,16 @@ def resolve(args: Args, task: Task) -> dict:
     for name in ("total_steps", "batch_size", "critic_width"):
         if cfg[name] < 1:
             fail(f"--{name.replace('_', '-')} {cfg[name]}: must be at least 1")
-    if not 0 < args.lr < math.inf or not 0 < args.tau <= 1:
-        fail(f"--lr {args.lr} must be positive and finite, --tau {args.tau} in (0, 1]")
+    if not 0 < args.lr < math.inf or not 0 < args.tau <= 1 or not 0 < args.gamma < 1:
+        fail(
+            f"--lr {args.lr} must be positive and finite, --tau {args.tau} in (0, 1], --gamma {args.gamma} between 0 and 1"
+        )
     cfg["method"] = args.method or ("iql" if task.body == "antmaze" else "sarsa")
     # Q' climbs to its level with time constant 1 / (tau per step (1 - gamma)): 40,000 steps with the release's tau. A
     # SARSA run shorter than three of them starts by regression, which needs no climbing, and only ends with SARSA: with
     # few steps, min_m of two critics that still disagree costs level (measured: 257 fell to 220 in 15,000 SARSA steps).
     if args.warm_start_steps is None:
-        too_short = args.total_steps < 3 * TARGET_EVERY / (args.tau * (1 - GAMMA))
+        too_short = args.total_steps < 3 * TARGET_EVERY / (args.tau * (1 - args.gamma))
         cfg["warm_start_steps"] = args.total_steps * 9 // 10 if cfg["method"] == "sarsa" and too_short else 0
     if not 0 <= cfg["warm_start_steps"] <= args.total_steps:
         fail(f"--warm-start-steps {args.warm_start_steps}: must be between 0 and --total-steps {args.total_steps}")

@@ -140,7 +140,7 @@ MINI = dict(
     **dict(total_steps=5_000, embed_dim=64, n_layer=2, n_head=2, context_len=10, batch_size=64, critic_width=128),
     **dict(actor_lr=1e-3, sigma_e=1.0, lambda_e=0.02, delta_rtg=0.5),
 )
-GAMMA, L2, MAX_GRAD_NORM, LOG_EVERY = 0.99, 1e-4, 15.0, 100
+L2, MAX_GRAD_NORM, LOG_EVERY = 1e-4, 15.0, 100
 # The release also has, and we leave out: |delta| floored at 0.2 (AntMaze 1); sigma_e annealed by a cosine to 1 from
 # 3 / 3 / 6 (expert 15) / 10 / 5 (hopper / walker2d / halfcheetah / ant / antmaze); LayerNorm in the critic of
 # halfcheetah-medium-expert; a target policy that moves every 5th step only; attention to padding.
@@ -299,7 +299,7 @@ class MLP(nn.Module):
 class DoubleQ(MLP):
     """Two independent Q networks.
 
-    Call with obs (..., obs_dim) standardised and act (..., act_dim); returns (2, ...): raw return, gamma 0.99.
+    Call with obs (..., obs_dim) standardised and act (..., act_dim); returns (2, ...): discounted raw return.
     Always float32 with TF32 off: the alignment signal is the sign of a small difference of two large numbers.
     """
 
@@ -371,14 +371,14 @@ def shift_rtg(rtg, valid, shift, rtg_range):
     return torch.where(valid, rtg + applied, rtg), applied
 
 
-def critic_target(batch: Batch, q_next):
+def critic_target(batch: Batch, q_next, gamma: float):
     """Eq. 7's y_i = r_i + gamma q_{i+1}, and where it is defined. (The factor 1 - terminal_i goes without saying there.)
 
     q_next (B, K): min_m Q'_m(s_i, a'_i) at every step of the window -> y (B, K), mask (B, K). A window's last step has no
     s_{i+1} in it, so it counts only as a true terminal.
     """
     after = F.pad(q_next[:, 1:], (0, 1))
-    y = batch.reward + GAMMA * ~batch.terminal * after
+    y = batch.reward + gamma * ~batch.terminal * after
     K = batch.valid.shape[1]
     last = torch.arange(K, device=after.device) == K - 1  # (K,)
     return y, batch.valid & (~last | batch.terminal)
@@ -393,7 +393,7 @@ def critic_loss(critic, target_critic, target_policy, batch: Batch, cfg: dict, g
         q_next = target_critic(batch.obs, a_raised).amin(dim=0)  # (B, K)
         if cfg["q_noise"]:
             q_next = q_next + cfg["q_noise"] * torch.randn(q_next.shape, generator=generator, device=q_next.device)
-        y, mask = critic_target(batch, q_next)
+        y, mask = critic_target(batch, q_next, cfg["gamma"])
     q = critic(batch.obs, batch.act)  # (2, B, K)
     return sum(masked_mean((q_m - y) ** 2, mask) for q_m in q)
 
@@ -602,7 +602,7 @@ def main() -> None:
 
 # ======== shared: setup (the same text in collect_dataset.py, pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
 
-FORMAT = 2  # of the checkpoint files
+FORMAT = 3  # of the checkpoint files
 HORIZON = 1000  # steps after which Gymnasium and D4RL cut an episode
 
 
@@ -1364,7 +1364,7 @@ def prepare(args: Args) -> Setup:
         sys.exit(0)
     resumed = check_same_run(folder, "resume.pt", "train_qalign_dt", cfg, data.hash)
     if resumed and aligned and stage1 is None:  # resume.pt holds the critic: stage 1's is no longer needed
-        cfg |= {key: resumed["config"][key] for key in ("q_scale", "critic_hash")}
+        cfg |= {key: resumed["config"][key] for key in ("gamma", "q_scale", "critic_hash")}
     needs_critic = aligned and stage1 is None and not resumed
     announce_duration(args, cfg, task, device, needs_critic)
     if needs_critic:
@@ -1398,6 +1398,7 @@ def load_critic(path: Path, args: Args, cfg: dict, task: Task, data: Dataset) ->
     expected = DoubleQ(task.obs_dim, task.act_dim, cfg["critic_width"]).state_dict()
     if {k: v.shape for k, v in checkpoint["critic"].items()} != {k: v.shape for k, v in expected.items()}:
         fail(f"{path}: a critic of other dimensions than {task.name}'s {task.obs_dim} + {task.act_dim}")
+    cfg["gamma"] = theirs["gamma"]
     # AntMaze: the release divides Q by its mean |min Q| over the data, the scale that lambda_e = 100 belongs to
     cfg["q_scale"] = checkpoint["report"]["q_abs_mean"] if task.body == "antmaze" else 1.0
     cfg["critic_hash"] = tensor_hash(checkpoint["critic"].values())

@@ -461,7 +461,7 @@ def main() -> None:
 
 # ======== shared: setup (the same text in collect_dataset.py, pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
 
-FORMAT = 2  # of the checkpoint files
+FORMAT = 3  # of the checkpoint files
 HORIZON = 1000  # steps after which Gymnasium and D4RL cut an episode
 
 

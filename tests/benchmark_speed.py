@@ -97,7 +97,9 @@ def learner(data, task, device, compile=False, **changes) -> stage2.CoTraining:
     """Stage 2's co-training on hopper-mini, as its main makes it."""
     args = replace(stage2.Args(), **changes)
     cfg = stage2.resolve(args, task)
-    cfg |= dict(rtg_range=task.rtg_range, max_timestep=stage2.HORIZON, precision=args.precision, q_scale=1.0)
+    cfg |= dict(
+        rtg_range=task.rtg_range, max_timestep=stage2.HORIZON, precision=args.precision, q_scale=1.0, gamma=0.99
+    )
     windows = stage2.Windows(data, task, cfg["context_len"], device)
     return stage2.CoTraining(task, windows, cfg, compile=compile)
 
@@ -130,7 +132,7 @@ def pretraining_step(data, task, device, width, compile, graph, repeats) -> tupl
     """Median seconds of one step of stage 1's SARSA at batch 512, and its arithmetic: one pass of Q', three of Q."""
     torch._dynamo.reset()
     cfg = stage1.resolve(replace(stage1.Args(), critic_width=width), task)
-    pre = stage1.Pretraining(task, stage1.Transitions(data, task, device), cfg, compile)
+    pre = stage1.Pretraining(task, stage1.Transitions(data, task, device, cfg["gamma"]), cfg, compile)
     step = stage1.CudaGraph(pre.step, pre.generator) if graph else pre.step
     meters = stage1.Meters(pre.metrics, device)
 

@@ -71,7 +71,7 @@ def test_bootstrap_interval_is_scipys_percentile_one():
 
 def test_a_critic_belongs_to_every_run_but_those_without_alignment_loss():
     args = benchmark.Args(("lambda",), train_flags="--lambda-e 0.3")
-    names = lambda flags: [what for what, _ in benchmark.Run("x", flags, 1, args).stages()]  # noqa: E731
+    names = lambda flags: [what for what, _ in benchmark.Run(benchmark.Variant("x", flags), 1, args).stages()]  # noqa: E731
     assert names("--lambda-e 0") == names("--lambda-e 0.0 --no-conv") == names("--lambda-e 0.1 --lambda-e 0")
     assert "critic" not in names("--lambda-e 0") and names("--lambda-e 0.005")[0] == names("")[0] == "critic"
 
@@ -79,8 +79,10 @@ def test_a_critic_belongs_to_every_run_but_those_without_alignment_loss():
 def test_runs_that_studies_share_have_one_name_and_every_name_one_meaning():
     meaning = {}
     for study in benchmark.STUDIES.values():
-        for exp_name, flags in study.variants.values():
-            assert meaning.setdefault(exp_name, flags) == flags
+        for variant in study.variants.values():
+            assert meaning.setdefault(variant.exp_name, variant) == variant
+    critics = {variant.critic: variant.critic_flags for variant in meaning.values()}
+    assert all(critics[variant.critic] == variant.critic_flags for variant in meaning.values()) and len(critics) == 2
     assert len(meaning) > 15 and all(
         next(iter(s.variants.values())) == benchmark.Q_ALIGN for s in benchmark.STUDIES.values()
     )

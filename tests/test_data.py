@@ -176,7 +176,7 @@ def test_transitions_and_episodes_are_d4rls(d4rl, hopper_file, hopper_arrays):
         np.testing.assert_array_equal(episode["actions"], data.actions[a:b])
 
     theirs = d4rl.qlearning_dataset(SimpleNamespace(_max_episode_steps=1000), raw)
-    t = stage1.Transitions(data, stage1.parse_env("hopper-medium-test"), torch.device("cpu"))
+    t = stage1.Transitions(data, stage1.parse_env("hopper-medium-test"), torch.device("cpu"), 0.99)
     rows = torch.cat([t.train, t.held_out]).sort().values
     rows = rows[rows < len(data.rewards) - 1]  # D4RL's loop never looks at the file's last row
     np.testing.assert_array_equal(theirs["observations"], data.observations[rows])

@@ -54,12 +54,12 @@ def test_critic_target_by_hand():
         valid=[[T, T, T], [F_, T, T]],
     )
     q_next = torch.tensor([[10.0, 20.0, 30.0], [99.0, 40.0, 50.0]])
-    y, mask = stage2.critic_target(batch, q_next)
+    y, mask = stage2.critic_target(batch, q_next, 0.99)
     assert mask.tolist() == [[True, True, True], [False, True, False]]
     assert y[mask].tolist() == pytest.approx([1 + 0.99 * 20, 2 + 0.99 * 30, 3, 5 + 0.99 * 50])
     # whatever stands behind a terminal does not count
     early = batch._replace(terminal=torch.tensor([[F_, T, F_], [F_, F_, F_]]))
-    assert stage2.critic_target(early, q_next)[0][0, :2].tolist() == pytest.approx([1 + 0.99 * 20, 2])
+    assert stage2.critic_target(early, q_next, 0.9)[0][0, :2].tolist() == pytest.approx([1 + 0.9 * 20, 2])
 
 
 class Constant(torch.nn.Module):
@@ -82,10 +82,10 @@ class Echo(torch.nn.Module):
 
 def test_critic_loss_takes_the_smaller_target_of_the_raised_request():
     batch = batch_of(reward=[[1.0, 2.0, 3.0]], terminal=[[F_, F_, F_]], valid=[[T, T, T]], rtg=[[3.0, 2.0, 1.0]])
-    cfg = dict(delta_rtg=0.5, rtg_range=(-math.inf, math.inf), q_noise=0.0)
+    cfg = dict(delta_rtg=0.5, rtg_range=(-math.inf, math.inf), q_noise=0.0, gamma=0.9)
     critic, target = Constant(0.0, 1.0), Constant(20.0, 10.0)
     loss = stage2.critic_loss(critic, target, Echo(), batch, cfg, torch.Generator())
-    y = [1 + 0.99 * (10 + 2.5), 2 + 0.99 * (10 + 1.5)]  # min_m Q'_m = 10 + a', a' = rtg + Delta_RTG
+    y = [1 + 0.9 * (10 + 2.5), 2 + 0.9 * (10 + 1.5)]  # min_m Q'_m = 10 + a', a' = rtg + Delta_RTG
     a = batch.act[0, :2, 0].tolist()
     expected = sum((a[i] + m - y[i]) ** 2 for i in range(2) for m in (0.0, 1.0)) / 2
     assert loss.item() == pytest.approx(expected, rel=1e-5)
@@ -95,7 +95,7 @@ def test_critic_loss_takes_the_smaller_target_of_the_raised_request():
 
 def test_noise_enters_the_target_only():
     batch = batch_of(reward=[[0.0] * 400], terminal=[[F_] * 400], valid=[[T] * 400])
-    cfg = dict(delta_rtg=0.0, rtg_range=(-math.inf, math.inf), q_noise=10.0)
+    cfg = dict(delta_rtg=0.0, rtg_range=(-math.inf, math.inf), q_noise=10.0, gamma=0.99)
     critic = Constant(0.0, 0.0)
     batch = batch._replace(act=torch.zeros_like(batch.act))
     loss = stage2.critic_loss(critic, Constant(0.0, 0.0), Echo(), batch, cfg, torch.Generator().manual_seed(0))
@@ -205,7 +205,7 @@ def test_delta_rtg_stays_in_the_range_too():
             asked.append(rtg)
             return super().forward(rtg, *rest)
 
-    cfg = dict(delta_rtg=5.0, rtg_range=(-1.0, 4.0), q_noise=0.0)
+    cfg = dict(delta_rtg=5.0, rtg_range=(-1.0, 4.0), q_noise=0.0, gamma=0.99)
     stage2.critic_loss(Constant(0.0, 0.0), Constant(0.0, 0.0), Listens(), batch, cfg, torch.Generator())
     assert asked[0].tolist() == [[4.0, 3.0, 2.0]]
 
@@ -222,7 +222,8 @@ def test_critic_stays_float32_beside_a_bf16_policy(monkeypatch):
 
     monkeypatch.setattr(stage2.DoubleQ, "forward", forward)
     stage2.actor_loss(policy, critic, batch, cfg, torch.Generator())
-    stage2.critic_loss(critic, critic, policy, batch, cfg | dict(delta_rtg=0.5, q_noise=0.0), torch.Generator())
+    cfg |= dict(delta_rtg=0.5, q_noise=0.0, gamma=0.99)
+    stage2.critic_loss(critic, critic, policy, batch, cfg, torch.Generator())
     assert len(seen) == 4 and set(seen) == {(torch.float32, torch.float32, False)}
 
 

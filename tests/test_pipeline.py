@@ -112,6 +112,23 @@ def test_alignment_json_holds_what_the_sweep_did(pipeline):
         assert len(list(csv.DictReader(f))) == len(targets) + 2
 
 
+def test_q_is_ranked_against_plain_and_discounted_returns_of_the_sweeps_rollouts(pipeline, monkeypatch):
+    runs, _, _ = pipeline
+    trained = stage3.load_policy(runs / f"{ENV}__train_qalign_dt__1" / "policy.pt", "fp32", torch.device("cpu"))
+    trained.content["config"]["gamma"] = 0.5
+    seen, real = [], stage3.rollout
+    monkeypatch.setattr(stage3, "rollout", lambda *args, **kwargs: seen.append(real(*args, **kwargs)) or seen[0])
+    record, _ = stage3.sweep(trained, np.array([10.0, 50.0, 90.0]), (100.0,), 4, seed=1)
+    rollouts, q = seen[0], stage3.load_critic(trained)
+    q = q(rollouts.first_obs, rollouts.first_act).amin(0).detach().numpy()[:12]  # without the high target's
+    discounted = [
+        sum(0.5**t * r for t, r in enumerate(rewards[:n])) for rewards, n in zip(rollouts.rewards, rollouts.lengths)
+    ]
+    ranks = lambda x: np.argsort(np.argsort(x))  # noqa: E731  no two of them are equal
+    for key, values in (("return", rollouts.returns[:12]), ("discounted_return", discounted[:12])):
+        assert record[f"spearman_q_vs_{key}"] == pytest.approx(np.corrcoef(ranks(q), ranks(values))[0, 1])
+
+
 def test_targets_go_in_steps_from_the_lowest_to_the_highest_return():
     targets = stage3.target_returns(np.array([315.87, 1000.0, 3222.36]), 100.0)
     assert len(targets) == 30 and targets[0] == 315.87 and targets[-1] == pytest.approx(3215.87)  # D.6, hopper-medium
@@ -430,7 +447,10 @@ def test_three_steps_of_main_are_algorithm_1(pipeline, run_main, hopper_file, mo
     """Weights after three steps, against a loop written out from method and equations: order, targets, clipping, schedules."""
     runs, _, _ = pipeline
     monkeypatch.setattr(stage2, "MAX_GRAD_NORM", 0.05)  # low enough to act in every step
-    steps = ["--total-steps", 3, "--eval-every", 0, "--tau", 0.1, "--exp-name", "three"]
+    critic = ["--gamma", 0.9, "--exp-name", "gamma_0.9"]  # stage 2 takes the discount over with the critic
+    assert run_main(stage1, *argv(hopper_file, runs, *TINY1, *critic))[0] == 0
+    critic_file = runs / f"{ENV}__gamma_0.9__1" / "critic.pt"
+    steps = ["--total-steps", 3, "--eval-every", 0, "--tau", 0.1, "--exp-name", "three", "--critic", critic_file]
     assert run_main(stage2, *argv(hopper_file, runs, *TINY2, *steps))[0] == 0
     got = torch.load(runs / f"{ENV}__three__1" / "resume.pt", weights_only=True)
     cfg, task = got["config"], stage2.parse_env(ENV)
@@ -440,7 +460,7 @@ def test_three_steps_of_main_are_algorithm_1(pipeline, run_main, hopper_file, mo
     generator = torch.Generator().manual_seed(1)
     windows = stage2.Windows(data, task, 4, torch.device("cpu"))
     policy, critic = stage2.make_policy(task, cfg, False), stage2.DoubleQ(11, 3, 16)
-    critic.load_state_dict(torch.load(runs / f"{ENV}__pretrain_q__1" / "critic.pt", weights_only=True)["critic"])
+    critic.load_state_dict(torch.load(critic_file, weights_only=True)["critic"])
     target_policy, target_critic = stage2.make_policy(task, cfg, False).eval(), stage2.DoubleQ(11, 3, 16)
     target_policy.load_state_dict(policy.state_dict())
     target_critic.load_state_dict(critic.state_dict())
@@ -457,7 +477,8 @@ def test_three_steps_of_main_are_algorithm_1(pipeline, run_main, hopper_file, mo
         rest = (batch.obs, batch.act, batch.timestep, batch.valid)
         with torch.no_grad():  # Eq. 7
             raised, _ = stage2.shift_rtg(batch.rtg, batch.valid, torch.full((8, 1), 1.0), cfg["rtg_range"])
-            y, mask = stage2.critic_target(batch, target_critic(batch.obs, target_policy(raised, *rest)[0]).amin(0))
+            q_next = target_critic(batch.obs, target_policy(raised, *rest)[0]).amin(0)
+            y, mask = stage2.critic_target(batch, q_next, 0.9)
         critic_opt.zero_grad()
         sum(((q - y)[mask] ** 2).mean() for q in critic(batch.obs, batch.act)).backward()
         assert torch.nn.utils.clip_grad_norm_(critic.parameters(), 0.05) > 0.05

@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 TASK = stage1.parse_env("hopper-medium-test")
 
 
-def chain(tmp_path, terminal: bool):
+def chain(tmp_path, terminal: bool, gamma: float = 0.99):
     """Two episodes: 3 steps with rewards 1, 2, 3, and 2 steps with rewards 4, 5 that end by timeout. The first ends as asked."""
     n = 5
     observations, actions = np.zeros((n, 11), np.float32), np.zeros((n, 3), np.float32)
@@ -22,7 +22,7 @@ def chain(tmp_path, terminal: bool):
     file = write_hdf5(
         tmp_path / "chain.hdf5", observations, actions, np.array([1, 2, 3, 4, 5], np.float32), terminals, timeouts
     )
-    return stage1.Transitions(stage1.read_dataset(TASK, (str(file),)), TASK, CPU)
+    return stage1.Transitions(stage1.read_dataset(TASK, (str(file),)), TASK, CPU, gamma)
 
 
 class Table(torch.nn.Module):
@@ -37,10 +37,18 @@ class Table(torch.nn.Module):
 
 
 def test_discounted_returns_by_hand():
-    returns, to_last = stage1.discounted_returns(np.array([1.0, 2.0, 3.0, 4.0, 5.0]), np.array([3, 5]))
-    g = 0.99
+    returns, to_last = stage1.discounted_returns(np.array([1.0, 2.0, 3.0, 4.0, 5.0]), np.array([3, 5]), 0.9)
+    g = 0.9
     np.testing.assert_allclose(returns, [1 + 2 * g + 3 * g**2, 2 + 3 * g, 3, 4 + 5 * g, 5])
     np.testing.assert_allclose(to_last, [g**2, g, 1, g, 1])
+
+
+def test_episodes_are_ranked_by_discounted_and_by_plain_return(tmp_path):
+    data = chain(tmp_path, terminal=True, gamma=0.5)
+    np.testing.assert_allclose(data.episodes, [[1 + 2 * 0.5 + 3 * 0.25, 4 + 5 * 0.5], [6, 9]])
+    critic = stage1.DoubleQ(11, 3, 8)
+    result = stage1.report(critic, critic, None, data, dict(method="sarsa"))
+    assert result["spearman_discounted_vs_plain_return"] == pytest.approx(1)
 
 
 def test_sarsa_target_by_hand_and_timeouts_left_out(tmp_path):
@@ -50,14 +58,16 @@ def test_sarsa_target_by_hand_and_timeouts_left_out(tmp_path):
     assert usable.tolist() == [0, 1, 2, 3]  # the timeout's last transition has no a' in the dataset
     y = stage1.sarsa_target(table, data, usable)
     assert y.tolist() == pytest.approx([1 + 0.99 * 19, 2 + 0.99 * 30, 3, 4 + 0.99 * 49])
+    y = stage1.sarsa_target(table, chain(tmp_path, terminal=True, gamma=0.5), usable)
+    assert y.tolist() == pytest.approx([1 + 0.5 * 19, 2 + 0.5 * 30, 3, 4 + 0.5 * 49])
 
 
 def test_return_target_bootstraps_timeouts_only(tmp_path):
-    g, q = 0.99, [0.0, 0.0, 30.0, 0.0, 50.0]
-    data = chain(tmp_path, terminal=True)
+    g, q = 0.9, [0.0, 0.0, 30.0, 0.0, 50.0]
+    data = chain(tmp_path, terminal=True, gamma=g)
     y = stage1.return_target(Table(data, q, q), data, torch.arange(4))
     assert y.tolist() == pytest.approx([1 + 2 * g + 3 * g**2, 2 + 3 * g, 3, 4 + 50 * g])
-    data = chain(tmp_path, terminal=False)
+    data = chain(tmp_path, terminal=False, gamma=g)
     y = stage1.return_target(Table(data, q, q), data, torch.tensor([0, 1, 3]))
     assert y.tolist() == pytest.approx([1 + 2 * g + 30 * g**2, 2 + 30 * g, 4 + 50 * g])
 
@@ -71,9 +81,9 @@ def test_value_loss_by_hand(tmp_path):
 
 
 def test_iql_target_by_hand(tmp_path):
-    data = chain(tmp_path, terminal=True)
+    data = chain(tmp_path, terminal=True, gamma=0.9)
     y = stage1.iql_target(lambda obs: torch.full((1, len(obs)), 7.0), data, torch.tensor([0, 2, 3]))
-    assert y.tolist() == pytest.approx([1 + 0.99 * 7, 3, 4 + 0.99 * 7])
+    assert y.tolist() == pytest.approx([1 + 0.9 * 7, 3, 4 + 0.9 * 7])
 
 
 @pytest.mark.parametrize("extra", [["--warm-start-steps", 0, "--tau", 0.2], ["--warm-start-steps", 300, "--tau", 0.05]])

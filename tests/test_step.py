@@ -16,7 +16,7 @@ def co_training(hopper_file, compile=False, env="hopper-medium-test", **changes)
     args = replace(stage2.Args(), **SMALL, **changes)
     task = stage2.parse_env(env)
     cfg = stage2.resolve(args, task)
-    cfg |= dict(rtg_range=(-1.0, 4.0), max_timestep=stage2.HORIZON, precision=args.precision, q_scale=1.0)
+    cfg |= dict(rtg_range=(-1.0, 4.0), max_timestep=stage2.HORIZON, precision=args.precision, q_scale=1.0, gamma=0.99)
     data = stage2.read_dataset(task, (str(hopper_file),))
     windows = stage2.Windows(data, task, cfg["context_len"], torch.device("cpu"))
     return stage2.CoTraining(task, windows, cfg, compile=compile)
@@ -25,7 +25,7 @@ def co_training(hopper_file, compile=False, env="hopper-medium-test", **changes)
 def pretraining(hopper_file, compile=False, **changes):
     task = stage1.parse_env("hopper-medium-test")
     cfg = stage1.resolve(replace(stage1.Args(), batch_size=8, critic_width=16, **changes), task)
-    data = stage1.Transitions(stage1.read_dataset(task, (str(hopper_file),)), task, torch.device("cpu"))
+    data = stage1.Transitions(stage1.read_dataset(task, (str(hopper_file),)), task, torch.device("cpu"), cfg["gamma"])
     return stage1.Pretraining(task, data, cfg, compile)
 
 
