@@ -410,6 +410,14 @@ def best_at_high_targets(alignment: dict | None) -> float | None:
     return alignment and max(row["score_mean"] for row in alignment["high_targets"])
 
 
+def target_vs_velocity(alignment: dict) -> float | None:
+    """Spearman correlation of target return and mean forward velocity over the sweep (Figure 3); None if one is constant."""
+    from scipy.stats import spearmanr  # imported here: it takes a while
+
+    x, y = ([row[key] for row in alignment["sweep"]] for key in ("target_return", "velocity_mean"))
+    return float(spearmanr(x, y).statistic) if np.ptp(x) > 0 and np.ptp(y) > 0 else None
+
+
 COLUMNS = {  # of the tables: heading -> value of a record
     "alignment RMSE": lambda r: r["alignment"]["alignment_rmse"],
     "best score of the sweep": lambda r: r["alignment"]["best_score"],
@@ -417,6 +425,7 @@ COLUMNS = {  # of the tables: heading -> value of a record
     "best checkpoint: RMSE": lambda r: r["alignment_best"] and r["alignment_best"]["alignment_rmse"],
     "best checkpoint: best score at a high target": lambda r: best_at_high_targets(r["alignment_best"]),
     "Spearman of target and return": lambda r: r["alignment"]["spearman_target_vs_real"],
+    "Spearman of target and velocity": lambda r: target_vs_velocity(r["alignment"]),
     "Spearman of Q and return": lambda r: r["alignment"]["spearman_q_vs_return"],
     "Spearman of Q and discounted return": lambda r: r["alignment"].get("spearman_q_vs_discounted_return"),
     "critic: mean Q / mean return": lambda r: r["critic"] and r["critic"]["q_mean"] / r["critic"]["return_mean"],
@@ -456,7 +465,7 @@ def table(baseline: str, records: dict[str, dict[int, dict]]) -> list[str]:
 
 
 def plot(records: dict[str, dict[int, dict]], title: str, file: Path) -> None:
-    """Achieved against target score, every seed of every variant."""
+    """Achieved against target score: every seed of every variant thin, their mean thick."""
     import matplotlib  # imported here: it takes a while
 
     matplotlib.use("Agg")
@@ -464,12 +473,13 @@ def plot(records: dict[str, dict[int, dict]], title: str, file: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 5.5), layout="constrained")
     for i, (label, by_seed) in enumerate(records.items()):
-        for j, record in enumerate(by_seed.values()):
-            x, y = ([row[k] for row in record["alignment"]["sweep"]] for k in ("target_score", "score_mean"))
-            axes.plot(x, y, color=f"C{i}", linewidth=1.2, alpha=0.8, label=label if j == 0 else None)
+        sweeps = [record["alignment"]["sweep"] for record in by_seed.values()]
+        x, curves = [row["target_score"] for row in sweeps[0]], [[row["score_mean"] for row in rows] for rows in sweeps]
+        axes.plot(x, np.transpose(curves), color=f"C{i}", linewidth=0.8, alpha=0.4)
+        axes.plot(x, np.mean(curves, axis=0), color=f"C{i}", linewidth=2.2, label=label)
     axes.plot([min(x), max(x)], [min(x), max(x)], "--", color="0.5", linewidth=1, label="achieved = target")
     axes.set_xlabel("target score (0: random, 100: expert)")
-    axes.set_ylabel("achieved score (mean of the rollouts; a line per seed)")
+    axes.set_ylabel("achieved score (thin: each seed; thick: their mean)")
     axes.set_title(title, fontsize="small")
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)

@@ -25,7 +25,15 @@ def command(folder, data, *studies_and_flags, train=TRAIN):
 
 
 def fake_record(rmse, best, seed, steps=10):
-    sweep = [{"target_score": 10.0 * i, "score_mean": 10.0 * i + rmse} for i in range(3)]
+    sweep = [
+        {
+            "target_return": 320.0 * i,
+            "target_score": 10.0 * i,
+            "score_mean": 10.0 * i + rmse,
+            "velocity_mean": (0, 2, 1)[i],
+        }
+        for i in range(3)
+    ]
     alignment = {
         "alignment_rmse": rmse, "best_score": best, "high_targets": [{"score_mean": best - 9}, {"score_mean": best - 1}], "sweep": sweep, "seed": seed,
         "spearman_target_vs_real": 0.5, "spearman_q_vs_return": None, "trained_on": {"label": "data", "hash": "a"}, "total_steps": steps,
@@ -49,6 +57,7 @@ def test_table_has_every_seed_the_mean_an_interval_and_paired_comparisons(tmp_pa
     cells = dict(zip(benchmark.COLUMNS, lines[2].strip("| ").split(" | ")[2:]))
     assert cells["best score at a high target"].startswith("**84.00**") and cells["best checkpoint: RMSE"] == "-"
     assert cells["critic: mean Q / mean return"].startswith("**0.90**")
+    assert cells["Spearman of target and velocity"].startswith("**0.50**")  # ranks 1, 2, 3 and 1, 3, 2
     del records["Q-Align DT"]  # without the baseline there is nothing to compare with
     assert "against" not in "".join(benchmark.table("Q-Align DT", records | {"DT + conv": records["DT"]}))
 
