@@ -62,6 +62,26 @@ def test_table_has_every_seed_the_mean_an_interval_and_paired_comparisons(tmp_pa
     assert "against" not in "".join(benchmark.table("Q-Align DT", records | {"DT + conv": records["DT"]}))
 
 
+def test_pairs_count_the_seeds_in_which_a_variant_is_worse():
+    ours = {seed: fake_record(5.0, 90.0, seed) for seed in (1, 2, 3)}
+    theirs = {1: fake_record(6.0, 91.0, 1), 2: fake_record(7.0, 80.0, 2), 3: fake_record(4.0, 92.0, 3)}
+    lines = benchmark.table("Q-Align DT", {"Q-Align DT": ours, "DT": theirs})
+    assert lines[-1] == "DT against Q-Align DT: RMSE higher in 2, best score lower in 1 of 3 seeds."
+
+
+def test_a_variant_may_have_a_critic_of_its_own():
+    args = benchmark.Args(("discount",), critic_flags="--lr 0.001", runs_dir="r")
+    run = benchmark.Run(benchmark.STUDIES["discount"].variants["gamma 0.997"], 2, args)
+    plain = benchmark.Run(benchmark.Q_ALIGN, 2, args)
+    assert run.definition()["critic_flags"] == "--lr 0.001 --gamma 0.997" != plain.definition()["critic_flags"]
+    critic, training = (command for what, command in run.stages() if what in ("critic", "training"))
+    name = critic[critic.index("--exp-name") + 1]
+    assert critic[critic.index("--gamma") + 1] == "0.997" and name != "pretrain_q"
+    folder = Path("r", f"hopper-mini__{name}__2")
+    assert training[training.index("--critic") + 1] == str(folder / "critic.pt") and run.critic == folder
+    assert "--critic" not in plain.stages()[1][1] and plain.critic == Path("r", "hopper-mini__pretrain_q__2")
+
+
 def test_runs_of_other_data_or_length_are_not_put_into_one_table(tmp_path, capsys):
     records = {"Q-Align DT": {1: fake_record(2.0, 90.0, 1), 2: fake_record(4.0, 80.0, 2, steps=11)}}
     args = benchmark.Args(("spearman",), results_dir=str(tmp_path))
