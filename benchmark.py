@@ -418,7 +418,7 @@ def target_vs_velocity(alignment: dict) -> float | None:
     return float(spearmanr(x, y).statistic) if np.ptp(x) > 0 and np.ptp(y) > 0 else None
 
 
-COLUMNS = {  # of the tables: heading -> value of a record
+QUANTITIES = {  # of the tables: name -> value of a record
     "alignment RMSE": lambda r: r["alignment"]["alignment_rmse"],
     "best score of the sweep": lambda r: r["alignment"]["best_score"],
     "best score at a high target": lambda r: best_at_high_targets(r["alignment"]),
@@ -444,19 +444,23 @@ def interval(values: list[float]) -> str:
 
 
 def table(baseline: str, records: dict[str, dict[int, dict]]) -> list[str]:
-    """Markdown: a row per variant, each cell with all seeds' values, their mean and its interval; pairs with the baseline."""
-    lines = ["| variant | seeds | " + " | ".join(COLUMNS) + " |", "|" + "---|" * (len(COLUMNS) + 2)]
-    for label, by_seed in records.items():
+    """Markdown: a column per variant, each cell with all seeds' values, their mean and its interval; pairs with the baseline."""
+    heads = [f"{label} (seeds {', '.join(map(str, by_seed))})" for label, by_seed in records.items()]
+    lines = ["| | " + " | ".join(heads) + " |", "|" + "---|" * (len(heads) + 1)]
+    for quantity, value in QUANTITIES.items():
         cells = []
-        for value in COLUMNS.values():
+        for by_seed in records.values():
             values = [x for x in (value(record) for record in by_seed.values()) if x is not None]
             each = ", ".join(f"{x:.2f}" for x in values)
             cells.append(f"**{np.mean(values):.2f}**{interval(values)} ({each})" if values else "-")
-        lines.append(f"| {label} | {', '.join(map(str, by_seed))} | " + " | ".join(cells) + " |")
+        if set(cells) != {"-"}:
+            lines.append(f"| {quantity} | " + " | ".join(cells) + " |")
     for label in [label for label in records if label != baseline and baseline in records]:
         pairs = [(records[baseline][s], records[label][s]) for s in records[label] if s in records[baseline]]
-        worse = sum(COLUMNS["alignment RMSE"](b) > COLUMNS["alignment RMSE"](a) for a, b in pairs)
-        lower = sum(COLUMNS["best score of the sweep"](b) < COLUMNS["best score of the sweep"](a) for a, b in pairs)
+        worse = sum(QUANTITIES["alignment RMSE"](b) > QUANTITIES["alignment RMSE"](a) for a, b in pairs)
+        lower = sum(
+            QUANTITIES["best score of the sweep"](b) < QUANTITIES["best score of the sweep"](a) for a, b in pairs
+        )
         lines += [
             "",
             f"{label} against {baseline}: RMSE higher in {worse}, best score lower in {lower} of {len(pairs)} seeds.",
@@ -512,13 +516,13 @@ def summarise(name: str, args: Args, records: dict[str, dict[int, dict]], missin
         *([f"Missing: {', '.join(missing)}.\n"] if missing else []),
         *table(baseline, records),
         f"\n![curves]({stem}.png)\n",
-        "Commands of each variant's first seed:\n\n```",
-        *(command for by_seed in records.values() for command in next(iter(by_seed.values()))["commands"]),
+        "Its commands, for the first seed of each variant, every one once:\n\n```",
+        *dict.fromkeys(command for by_seed in records.values() for command in next(iter(by_seed.values()))["commands"]),
         "```\n",
     ]
-    rows = [["variant", "seed", *COLUMNS]]
+    rows = [["variant", "seed", *QUANTITIES]]
     for label, by_seed in records.items():
-        rows += [[label, seed, *(value(record) for value in COLUMNS.values())] for seed, record in by_seed.items()]
+        rows += [[label, seed, *(value(record) for value in QUANTITIES.values())] for seed, record in by_seed.items()]
     sheet = io.StringIO()
     csv.writer(sheet, lineterminator="\n").writerows(rows)
     folder = Path(args.results_dir)

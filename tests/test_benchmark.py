@@ -49,15 +49,19 @@ def test_table_has_every_seed_the_mean_an_interval_and_paired_comparisons(tmp_pa
         "DT": {1: fake_record(30.0, 95.0, 1), 2: fake_record(3.0, 70.0, 2), 3: fake_record(9.0, 1.0, 3)},
     }
     lines = benchmark.table("Q-Align DT", records)
-    assert "**3.00** [2.00, 4.00] (2.00, 4.00)" in lines[2] and "| 1, 2 |" in lines[2]
-    assert "**14.00** [3.00, 30.00] (30.00, 3.00, 9.00)" in lines[3] and "**1.50** (1.50, 1.50, 1.50)" in lines[3]
+    assert lines[0] == "| | Q-Align DT (seeds 1, 2) | DT (seeds 1, 2, 3) |"
+    cells = {row.split(" | ")[0].strip("| "): row.strip(" |").split(" | ")[1:] for row in lines[2:]}
+    assert cells["alignment RMSE"] == [
+        "**3.00** [2.00, 4.00] (2.00, 4.00)",
+        "**14.00** [3.00, 30.00] (30.00, 3.00, 9.00)",
+    ]
+    assert cells["minutes of training"][1] == "**1.50** (1.50, 1.50, 1.50)"
     # seed 3 has no partner; RMSE is higher with seed 1 only, the best score lower with seed 2 only
     assert lines[-1] == "DT against Q-Align DT: RMSE higher in 1, best score lower in 1 of 2 seeds."
     assert benchmark.interval([1.0]) == benchmark.interval([2.0, 2.0]) == ""
-    cells = dict(zip(benchmark.COLUMNS, lines[2].strip("| ").split(" | ")[2:]))
-    assert cells["best score at a high target"].startswith("**84.00**") and cells["best checkpoint: RMSE"] == "-"
-    assert cells["critic: mean Q / mean return"].startswith("**0.90**")
-    assert cells["Spearman of target and velocity"].startswith("**0.50**")  # ranks 1, 2, 3 and 1, 3, 2
+    assert cells["best score at a high target"][0].startswith("**84.00**") and "best checkpoint: RMSE" not in cells
+    assert cells["critic: mean Q / mean return"][0].startswith("**0.90**")
+    assert cells["Spearman of target and velocity"][0].startswith("**0.50**")  # ranks 1, 2, 3 and 1, 3, 2
     del records["Q-Align DT"]  # without the baseline there is nothing to compare with
     assert "against" not in "".join(benchmark.table("Q-Align DT", records | {"DT + conv": records["DT"]}))
 
@@ -140,7 +144,7 @@ def test_a_failed_run_is_reported_and_the_others_go_on(finished):
     records = sorted(p.stem for p in (folder / "results/records").iterdir())
     assert records == [f"{ENV}__dt_alignment__1", f"{ENV}__dt_conv__1", f"{ENV}__train_qalign_dt__1"]
     text = (folder / f"results/components__{ENV}.md").read_text()
-    assert "| DT + conv | 1 |" in text and "| DT | 1 |" not in text and "hopper_tiny.hdf5" in text
+    assert "| DT + conv (seeds 1) |" in text and "| DT (seeds" not in text and "hopper_tiny.hdf5" in text
     assert f"Missing: {ENV}__dt__1." in text
     rows = list(csv.DictReader(open(folder / f"results/components__{ENV}.csv")))
     assert [row["variant"] for row in rows] == ["Q-Align DT", "DT + alignment", "DT + conv"]
