@@ -410,6 +410,12 @@ def best_at_high_targets(alignment: dict | None) -> float | None:
     return alignment and max(row["score_mean"] for row in alignment["high_targets"])
 
 
+def rmse_at_low_targets(alignment: dict) -> float:
+    """Eq. 8 over the lowest third of the targets, where a critic that stays near the data's is said to fail (App. E.5)."""
+    rows = alignment["sweep"][: len(alignment["sweep"]) // 3]
+    return float(np.sqrt(np.mean([(row["score_mean"] - row["target_score"]) ** 2 for row in rows])))
+
+
 def target_vs_velocity(alignment: dict) -> float | None:
     """Spearman correlation of target return and mean forward velocity over the sweep (Figure 3); None if one is constant."""
     from scipy.stats import spearmanr  # imported here: it takes a while
@@ -420,6 +426,7 @@ def target_vs_velocity(alignment: dict) -> float | None:
 
 QUANTITIES = {  # of the tables: name -> value of a record
     "alignment RMSE": lambda r: r["alignment"]["alignment_rmse"],
+    "RMSE at the lowest third of the targets": lambda r: rmse_at_low_targets(r["alignment"]),
     "best score of the sweep": lambda r: r["alignment"]["best_score"],
     "best score at a high target": lambda r: best_at_high_targets(r["alignment"]),
     "best checkpoint: RMSE": lambda r: r["alignment_best"] and r["alignment_best"]["alignment_rmse"],

@@ -29,10 +29,10 @@ def fake_record(rmse, best, seed, steps=10):
         {
             "target_return": 320.0 * i,
             "target_score": 10.0 * i,
-            "score_mean": 10.0 * i + rmse,
-            "velocity_mean": (0, 2, 1)[i],
+            "score_mean": 10.0 * i + (rmse if i < 3 else 99.0),
+            "velocity_mean": (0, 1, 2, 3, 4, 5, 8, 7, 6)[i],
         }
-        for i in range(3)
+        for i in range(9)
     ]
     alignment = {
         "alignment_rmse": rmse, "best_score": best, "high_targets": [{"score_mean": best - 9}, {"score_mean": best - 1}], "sweep": sweep, "seed": seed,
@@ -61,7 +61,8 @@ def test_table_has_every_seed_the_mean_an_interval_and_paired_comparisons(tmp_pa
     assert benchmark.interval([1.0]) == benchmark.interval([2.0, 2.0]) == ""
     assert cells["best score at a high target"][0].startswith("**84.00**") and "best checkpoint: RMSE" not in cells
     assert cells["critic: mean Q / mean return"][0].startswith("**0.90**")
-    assert cells["Spearman of target and velocity"][0].startswith("**0.50**")  # ranks 1, 2, 3 and 1, 3, 2
+    assert cells["Spearman of target and velocity"][0].startswith("**0.93**")  # 1 - 6 (2^2 + 2^2) / (9 (9^2 - 1))
+    assert cells["RMSE at the lowest third of the targets"] == cells["alignment RMSE"]  # of these made-up records
     del records["Q-Align DT"]  # without the baseline there is nothing to compare with
     assert "against" not in "".join(benchmark.table("Q-Align DT", records | {"DT + conv": records["DT"]}))
 
