@@ -2,7 +2,7 @@
 
     python benchmark.py components --workers 2
 
-A study is a set of variants of stage 2 (flags), each trained and swept once per seed by the stage scripts, as processes.
+A study is a set of variants (flags of stages 1 and 2), each trained and swept once per seed by the stage scripts, as processes.
 What is finished is never run again, what was killed goes on where it was, and a run that fails stops no other. Writes
 <results-dir>/records/<run>.json per run and, per study, <study>__<env>.md, .csv and .png: every seed's value, the mean and
 SciPy's percentile bootstrap interval. Order of the file: Args, studies, one run, all runs, tables, main.
@@ -34,11 +34,11 @@ HERE = Path(__file__).resolve().parent
 
 
 class Variant(NamedTuple):
-    """One entry of a study: experiment name and flags of stage 2, and of stage 1, which variants share by its name."""
+    """One entry of a study."""
 
-    exp_name: str
+    exp_name: str  # of stage 2, with these flags
     flags: str = ""
-    critic: str = "pretrain_q"
+    critic: str = "pretrain_q"  # experiment name of stage 1, with these flags; variants that name the same one share it
     critic_flags: str = ""
 
 
@@ -103,8 +103,8 @@ STUDIES = {
     ),
     "discount": Study(
         "that Q is discounted and the request is not does no harm (App. D.2)",
-        {
-            "Q-Align DT": Q_ALIGN,  # gamma 0.99
+        {  # at one lambda_e, although Q, and with it Eq. 5's penalty, is some three times larger at 0.997
+            "gamma 0.99": Q_ALIGN,
             "gamma 0.997": Variant("gamma_0.997", "", "pretrain_q_gamma_0.997", "--gamma 0.997"),
         },
         (1, 2),
@@ -206,13 +206,13 @@ class Run:
         a, variant = self.args, self.variant
         data = ["--dataset-path", *a.dataset_path] if a.dataset_path else []
         train = [*shlex.split(a.train_flags), *shlex.split(variant.flags), "--exp-name", variant.exp_name]
-        critic = [*shlex.split(a.critic_flags), *shlex.split(variant.critic_flags)]
+        pretrain = [*shlex.split(a.critic_flags), *shlex.split(variant.critic_flags)]
         if variant.critic != Q_ALIGN.critic:  # else stage 2 finds it by itself
-            critic += ["--exp-name", variant.critic]
+            pretrain += ["--exp-name", variant.critic]
             train += ["--critic", str(self.critic / "critic.pt")]
         weights = [float(value) for flag, value in zip(train, train[1:]) if flag == "--lambda-e"]
         stages = [
-            ("critic", self.stage("pretrain_q.py", *data, *critic)),
+            ("critic", self.stage("pretrain_q.py", *data, *pretrain)),
             ("training", self.stage("train_qalign_dt.py", *data, *train)),
         ]
         for what, policy in (("sweep", "policy.pt"), ("sweep of the best checkpoint", "policy_best.pt")):
@@ -276,7 +276,7 @@ def perform(run: Run, pool: Pool, environment: dict, say=lambda text: None) -> d
                 if what == "sweep of the best checkpoint" and not (folder / "policy_best.pt").exists():
                     continue  # there were no evaluations in training
                 say(what)
-                # stage 1 is shared by all variants of a seed: one of them trains it, the others wait
+                # stage 1 is shared by a seed's variants that name the same critic: one of them trains it, the others wait
                 with pool.hold(logs / f"{folder.name}__{what.split()[0]}.lock"):
                     with pool.hold(folder / ".lock"):
                         pass  # a stage whose benchmark was killed may still have been saving
@@ -435,7 +435,12 @@ QUANTITIES = {  # of the tables: name -> value of a record
     "Spearman of target and velocity": lambda r: target_vs_velocity(r["alignment"]),
     "Spearman of Q and return": lambda r: r["alignment"]["spearman_q_vs_return"],
     "Spearman of Q and discounted return": lambda r: r["alignment"].get("spearman_q_vs_discounted_return"),
-    "critic: mean Q / mean return": lambda r: r["critic"] and r["critic"]["q_mean"] / r["critic"]["return_mean"],
+    "data: Spearman of discounted and plain return": lambda r: (
+        r["critic"] and r["critic"].get("spearman_discounted_vs_plain_return")
+    ),
+    "critic: mean Q / mean return": lambda r: (
+        r["critic"] and r["critic"]["return_mean"] and r["critic"]["q_mean"] / r["critic"]["return_mean"]
+    ),
     "minutes of training": lambda r: r["seconds"].get("training") and r["seconds"]["training"] / 60,
 }
 
@@ -457,13 +462,16 @@ def table(baseline: str, records: dict[str, dict[int, dict]]) -> list[str]:
     for quantity, value in QUANTITIES.items():
         cells = []
         for by_seed in records.values():
-            values = [x for x in (value(record) for record in by_seed.values()) if x is not None]
-            each = ", ".join(f"{x:.2f}" for x in values)
+            every = [value(record) for record in by_seed.values()]
+            values = [x for x in every if x is not None]
+            each = ", ".join("-" if x is None else f"{x:.2f}" for x in every)
             cells.append(f"**{np.mean(values):.2f}**{interval(values)} ({each})" if values else "-")
         if set(cells) != {"-"}:
             lines.append(f"| {quantity} | " + " | ".join(cells) + " |")
     for label in [label for label in records if label != baseline and baseline in records]:
         pairs = [(records[baseline][s], records[label][s]) for s in records[label] if s in records[baseline]]
+        if not pairs:
+            continue
         worse = sum(QUANTITIES["alignment RMSE"](b) > QUANTITIES["alignment RMSE"](a) for a, b in pairs)
         lower = sum(
             QUANTITIES["best score of the sweep"](b) < QUANTITIES["best score of the sweep"](a) for a, b in pairs

@@ -370,6 +370,7 @@ def sweep(trained: Trained, targets: np.ndarray, high_targets, rollouts: int, se
         "spearman_target_vs_real": rank_correlation(target_scores, scores),
         "spearman_q_vs_return": q_vs_return,
         "spearman_q_vs_discounted_return": q_vs_discounted,  # what Q is trained for
+        "gamma": content["config"].get("gamma"),  # None for a DT
         "high_targets": high_rows,
         "sweep": rows,
     }

@@ -69,7 +69,7 @@ class Args:
     compile: bool = False
     """torch.compile the networks and, on CUDA, replay a step as one CUDA graph; without the flag: with CUDA only"""
     critic: str = ""
-    """stage 1's critic.pt (default: the one of this env and seed, trained first if it is missing)"""
+    """stage 1's critic.pt, whose gamma is taken over (default: this env's and seed's, trained first if it is missing)"""
     critic_steps: int | None = None
     """--total-steps of stage 1 if this script has to start it (default: stage 1's own)"""
     total_steps: int = 100_000
@@ -1294,7 +1294,8 @@ def parse_args() -> Args:
 def resolve(args: Args, task: Task) -> dict:
     """The configuration that defines a run and that checkpoints store; exits 2 on a value that cannot work.
 
-    What depends on the data is left to prepare: rtg_range's default, and the length of the timestep embedding.
+    What depends on the data or the critic is left to prepare: rtg_range's default, the length of the timestep embedding,
+    gamma, q_scale.
     """
     cfg = asdict(args)
     for name in ("dataset_path", "runs_dir", "critic", "critic_steps", "checkpoint_minutes"):

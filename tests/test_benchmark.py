@@ -67,6 +67,21 @@ def test_table_has_every_seed_the_mean_an_interval_and_paired_comparisons(tmp_pa
     assert "against" not in "".join(benchmark.table("Q-Align DT", records | {"DT + conv": records["DT"]}))
 
 
+def test_unknown_values_keep_their_seeds_place_and_unpaired_seeds_are_not_compared():
+    records = {
+        "Q-Align DT": {1: fake_record(2.0, 90.0, 1), 2: fake_record(4.0, 80.0, 2)},
+        "DT": {3: fake_record(5.0, 70.0, 3)},
+    }
+    records["Q-Align DT"][1]["seconds"] = {}
+    for record in records["DT"].values():  # no return was known: every episode ends by timeout and gamma is near 1
+        record["critic"] = {"q_mean": None, "return_mean": None, "spearman_discounted_vs_plain_return": 0.7}
+    lines = benchmark.table("Q-Align DT", records)
+    assert "| minutes of training | **1.50** (-, 1.50) | **1.50** (1.50) |" in lines
+    assert "| data: Spearman of discounted and plain return | - | **0.70** (0.70) |" in lines
+    assert "| critic: mean Q / mean return | **0.90** (0.90, 0.90) | - |" in lines
+    assert not any("against" in line for line in lines)
+
+
 def test_pairs_count_the_seeds_in_which_a_variant_is_worse():
     ours = {seed: fake_record(5.0, 90.0, seed) for seed in (1, 2, 3)}
     theirs = {1: fake_record(6.0, 91.0, 1), 2: fake_record(7.0, 80.0, 2), 3: fake_record(4.0, 92.0, 3)}

@@ -119,6 +119,7 @@ def test_q_is_ranked_against_plain_and_discounted_returns_of_the_sweeps_rollouts
     seen, real = [], stage3.rollout
     monkeypatch.setattr(stage3, "rollout", lambda *args, **kwargs: seen.append(real(*args, **kwargs)) or seen[0])
     record, _ = stage3.sweep(trained, np.array([10.0, 50.0, 90.0]), (100.0,), 4, seed=1)
+    assert record["gamma"] == 0.5
     rollouts, q = seen[0], stage3.load_critic(trained)
     q = q(rollouts.first_obs, rollouts.first_act).amin(0).detach().numpy()[:12]  # without the high target's
     discounted = [

@@ -49,6 +49,9 @@ def test_episodes_are_ranked_by_discounted_and_by_plain_return(tmp_path):
     critic = stage1.DoubleQ(11, 3, 8)
     result = stage1.report(critic, critic, None, data, dict(method="sarsa"))
     assert result["spearman_discounted_vs_plain_return"] == pytest.approx(1)
+    timeouts = chain(tmp_path, terminal=False)  # short ones: no return of theirs is known
+    result = stage1.report(critic, critic, None, timeouts, dict(method="sarsa"))
+    assert result["q_mean"] is result["return_mean"] is result["spearman_q_vs_return"] is None
 
 
 def test_sarsa_target_by_hand_and_timeouts_left_out(tmp_path):
