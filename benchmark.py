@@ -568,7 +568,7 @@ def main() -> None:
     runs = {run.name: run for variants in wanted.values() for seeds in variants.values() for run in seeds.values()}
     results = {name: record for name, run in runs.items() if (record := run.record())}
     missing = [run for name, run in runs.items() if name not in results]
-    print(f"{len(runs)} runs, {len(results)} of them finished before")
+    print(f"{len(runs)} runs, {len(results)} of them finished before (to run them again, name another --results-dir)")
     if missing:
         results |= perform_on_ray(missing, args.ray) if args.ray else perform_all(missing, args.workers)
     failed = {name: result["failed"] for name, result in results.items() if "failed" in result}
