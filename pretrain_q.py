@@ -140,10 +140,7 @@ class Transitions:
         )
         self.ends = torch.as_tensor(ends).to(device)
         returns, to_last = discounted_returns(rewards, data.ends, gamma)
-        self.episodes = (
-            returns[data.starts],
-            data.returns,
-        )  # of each: discounted return, of the critic's rewards, and plain one
+        self.episodes = returns[data.starts], data.returns  # of each: discounted (the critic's rewards), and plain
         self.returns, self.to_last = (torch.as_tensor(x, dtype=torch.float32).to(device) for x in (returns, to_last))
         # A timeout's last transition has neither s' nor a' in the dataset: leave it out (the release calls it terminal).
         usable = np.ones(len(ends), bool)
