@@ -1,11 +1,11 @@
-"""Stage 3 of Q-Align DT: does the policy achieve the return it is conditioned on? The RTG sweep of Sec. 6.2 and App. D.6.
+"""Stage 3 of Q-Align DT: does the policy achieve the return it is conditioned on? The RTG sweep (Sec. 6.2, App. D.6).
 
     python evaluate_alignment.py --env hopper-medium-v2
 
-Conditions a trained policy on every return from the dataset's lowest to its highest in steps of 100, rolls each target out
---rollouts times in Gymnasium's simulator, and reports the alignment error, Eq. 8: the root mean square, over the targets, of
-(mean achieved score - target score). Writes alignment.json, .csv and .png beside the checkpoint. --trajectories adds the
-forward velocity against the target and over time (Figures 3 and 4: behaviour.json, .csv, .png), --video a GIF.
+Conditions a trained policy on every return from the dataset's lowest to its highest in steps of 100, rolls each target
+out --rollouts times in Gymnasium's simulator, and reports the alignment error, Eq. 8: the root mean square, over the
+targets, of (mean achieved score - target score). Writes alignment.json, .csv and .png beside the checkpoint.
+--trajectories adds the forward velocity against the target and over time (Figures 3 and 4), --video a GIF.
 """
 
 import difflib
@@ -32,30 +32,27 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Args:
+    # name of the task, as in stage 2 (default: the checkpoint's, or hopper-mini without --checkpoint)
     env: str | None = None
-    """name of the task, as in stage 2 (default: the checkpoint's, or hopper-mini without --checkpoint)"""
+    # a policy.pt or policy_best.pt (default: policy.pt of the run that --env, --seed and --exp-name name)
     checkpoint: str = ""
-    """a policy.pt or policy_best.pt (default: policy.pt of the run that --env, --seed and --exp-name name)"""
+    # further checkpoints of the same body, swept over the same targets into the same plot
     compare: tuple[str, ...] = ()
-    """further checkpoints of the same body, swept over the same targets into the same plot"""
-    seed: int = 1
-    """seed of the run to evaluate, and of the episodes"""
-    runs_dir: str = "runs"
-    """folder of all runs"""
+    seed: int = 1  # seed of the run to evaluate, and of the episodes
+    runs_dir: str = "runs"  # folder of all runs
+    # name of the experiment to evaluate; the run folder is <runs-dir>/<env>__<exp-name>__<seed>
     exp_name: str = "train_qalign_dt"
-    """name of the experiment to evaluate; the run folder is <runs-dir>/<env>__<exp-name>__<seed>"""
+    # where the policy runs; auto takes CUDA if there is one. The simulator uses all CPU cores
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the policy runs; auto takes CUDA if there is one. The simulator uses all CPU cores"""
+    # arithmetic of the transformer's blocks; auto: bf16 where the hardware has it
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """arithmetic of the transformer's blocks; auto: bf16 where the hardware has it"""
-    rollouts: int = 30
-    """episodes per target return"""
+    rollouts: int = 30  # episodes per target return
+    # distance between two target returns, raw; 12 evenly spaced targets where this gives fewer
     target_step: float = 100.0
-    """distance between two target returns, raw; 12 evenly spaced targets where this gives fewer"""
+    # also write the forward velocity against the target, and over time for five of the targets
     trajectories: bool = False
-    """also write the forward velocity against the target, and over time for five of the targets"""
+    # also render up to 10 s of an episode for each of these target returns (raw), side by side (needs OpenGL)
     video: tuple[float, ...] = ()
-    """also render up to 10 s of an episode for each of these target returns (raw), side by side (needs OpenGL)"""
 
     def __post_init__(self):
         check_args(self, {"rollouts": 1, "target_step": 1, "video": -1e9})
@@ -74,7 +71,9 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         # App. D.1: a convolution over the token axis, window 6, one each for q, k and v
         self.conv = nn.Conv1d(3 * width, 3 * width, 6, groups=3) if conv else None
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
+        )
 
     def attend(self, x, keep, bias, last: int):  # (B, T, D), (B, T, 1), (B, 1, T, T) -> (B, last, D)
         # Padding must not leak: W_q, W_k, W_v have biases, so padded tokens are zeroed again before the convolution,
@@ -166,8 +165,8 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 class MLP(nn.Module):
     """n independent networks, computed side by side: three hidden layers (App. D.1), Mish (release), linear output.
 
-    The critic is two of them: call with obs (..., obs_dim) standardised and act (..., act_dim); returns (n, ...), discounted
-    raw return. Always float32, TF32 off: the alignment signal is the sign of a small difference of two large numbers.
+    The critic is two of them: call with obs (..., obs_dim) standardised and act (..., act_dim); returns (n, ...), the
+    discounted raw return. Always float32, TF32 off: the alignment signal is a small difference of two large numbers.
     """
 
     def __init__(self, n: int, inputs: int, width: int):
@@ -239,17 +238,13 @@ def sweep(trained: "Trained", targets: np.ndarray, high_targets, rollouts: int, 
 
 
 def behaviour(record: dict, velocities: np.ndarray, handful: int = 5) -> list[dict]:
-    """Figure 4's curves: for a handful of targets, velocity at every step, mean and std over the rollouts still alive."""
+    """Figure 4: for a handful of targets, velocity at every step, mean and std over the rollouts still alive."""
     curves = []
     for j in np.unique(np.linspace(0, len(record["sweep"]) - 1, handful).round().astype(int)):
         alive = (~np.isnan(velocities[j])).sum(axis=0)  # (HORIZON,)
         steps, row = velocities[j][:, alive > 0], record["sweep"][j]
-        curve = {"target_return": row["target_return"], "alive": alive.tolist()}
-        curve |= {
-            "velocity": np.nanmean(steps, axis=0).round(5).tolist(),
-            "std": np.nanstd(steps, axis=0).round(5).tolist(),
-        }
-        curves.append(curve)
+        mean, std = np.nanmean(steps, axis=0).round(5).tolist(), np.nanstd(steps, axis=0).round(5).tolist()
+        curves.append({"target_return": row["target_return"], "alive": alive.tolist(), "velocity": mean, "std": std})
     return curves
 
 
@@ -506,9 +501,9 @@ class Rollouts(NamedTuple):
 def rollout(trained, targets, seeds, horizon: int, what: str, reward_function=None, keep_qpos=False) -> Rollouts:
     """Roll the policy out once per (raw target return, seed), all in lockstep as one batch.
 
-    The context is the last K steps, padded and masked as in training; the RTG token starts at target / rtg_scale and falls
-    by every reward, the environment's or reward_function(velocities (m,), actions (m, act_dim)). A rollout that has ended
-    leaves the batch.
+    The context is the last K steps, padded and masked as in training; the RTG token starts at target / rtg_scale and
+    falls by every reward, the environment's or reward_function(velocities (m,), actions (m, act_dim)). A rollout that
+    has ended leaves the batch.
     """
     policy, task, content = trained.policy, trained.task, trained.content
     n, K, device = len(targets), content["config"]["context_len"], next(policy.parameters()).device
@@ -566,7 +561,7 @@ def one_line(error: BaseException) -> str:
 
 
 def run(main) -> None:
-    """main(), where Ctrl-C (exit 130), NaN and errors of the system (exit 1: disk, permissions, memory) are one line."""
+    """main(), where Ctrl-C (exit 130), NaN and errors of the system (exit 1: disk, memory, ...) are one line."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # None where it was closed
         stream.reconfigure(line_buffering=True, errors="replace")
@@ -581,7 +576,7 @@ def run(main) -> None:
 
 
 def check_args(args, lowest: dict) -> None:
-    """ValueError, which tyro reports, for an --exp-name that is no name or a number outside lowest.get(name, 0) .. 1e9."""
+    """ValueError, which tyro reports, for a number outside lowest.get(name, 0) .. 1e9 or a bad --exp-name."""
     if not re.fullmatch(r"\w[\w.-]*", args.exp_name, re.ASCII):
         raise ValueError(f"--exp-name {args.exp_name!r}: letters, digits and . _ - only, a letter or digit first")
     for name, value in vars(args).items():
@@ -631,7 +626,7 @@ def load_checkpoint(path: Path, stage: str) -> dict:
 
 
 class Task(NamedTuple):
-    """What a name <body>-<quality>-<tag> stands for. RTG ranges are normalised, targets and references raw returns."""
+    """What a name <body>-<quality>-<tag> stands for; returns are raw unless something else is said."""
 
     name: str
     body: str
@@ -643,7 +638,7 @@ class Task(NamedTuple):
     ref_min: float  # D4RL's reference returns, of a random and of an expert policy
     ref_max: float
     rtg_scale: float
-    rtg_range: tuple[float, float]  # the release's, for D4RL data
+    rtg_range: tuple[float, float]  # normalised; the release's, for D4RL data
     high_targets: tuple[float, ...]  # the release's evaluation targets, for D4RL data
     critic_reward_shift: float = 0.0  # AntMaze: the critic sees r - 1, as in IQL
 
@@ -670,14 +665,14 @@ def parse_env(name: str) -> Task:
     names = [f"{b}-{q}-v2" for b in BODIES for q in (MAZES if b == "antmaze" else QUALITIES)]
     known = name in names or tag != "v2" and f"{name}-v2" not in names and re.fullmatch(r"\w[\w.]*", tag, re.ASCII)
     if not known or body not in BODIES or quality not in (*MAZES, *QUALITIES, "mixed", "mini"):
-        close = difflib.get_close_matches(name, [*names, "hopper-mini"], n=3, cutoff=0.0)
+        close = difflib.get_close_matches(name, [*names, "hopper-mini", "halfcheetah-mini"], n=3, cutoff=0.0)
         fail(f"unknown --env {name!r}: did you mean {', '.join(close)}? (any tag but v2 stands for your own data)")
     return Task(name, body, quality, tag, *BODIES[body])
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one; exits 2 where CUDA is asked for and missing. Switches TF32 off."""
-    torch.set_float32_matmul_precision("highest")  # float32 is float32, for the critic above all
+    """`auto` is CUDA where there is one. Switches TF32 off: float32 is float32, for the critic above all."""
+    torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     if name == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: torch finds no CUDA device here; use --device cpu or auto")

@@ -5,8 +5,8 @@
 Gym tasks: double-Q SARSA on the dataset's own actions,  y = r + gamma (1 - terminal) min_m Q'_m(s', a').
 AntMaze:   IQL with expectile 0.8,                       y = r + gamma (1 - terminal) V(s').
 
-Writes runs/<env>__<exp-name>__<seed>/critic.pt, which stage 2 (train_qalign_dt.py) starts from, and report.json: whether Q
-has converged to the level of the data's discounted returns, and whether it ranks the data by them (Table E.19).
+Writes runs/<env>__<exp-name>__<seed>/critic.pt, which stage 2 (train_qalign_dt.py) starts from, and report.json:
+whether Q has converged to the level of the data's discounted returns, and ranks the data by them (Table E.19).
 Stop it at any time, even with kill -9: the same command resumes.
 """
 
@@ -40,42 +40,31 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Args:
+    # <body>-<quality>-<tag>: a D4RL name (tag v2) or your own data's tag; hopper-mini comes with the code
     env: str = "hopper-mini"
-    """<body>-<quality>-<tag>: a D4RL name (tag v2) or your own data's tag; hopper-mini comes with the code"""
-    seed: int = 1
-    """seed of the initial weights and the batches"""
+    seed: int = 1  # seed of the initial weights and the batches
+    # HDF5 file(s) in D4RL's layout to use instead of the download; several are concatenated
     dataset_path: tuple[str, ...] = ()
-    """HDF5 file(s) in D4RL's layout to use instead of the download; several are concatenated"""
-    runs_dir: str = "runs"
-    """folder of all runs"""
-    exp_name: str = "pretrain_q"
-    """name of this experiment; the run folder is <runs-dir>/<env>__<exp-name>__<seed>"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where to train; auto takes CUDA if there is one"""
+    runs_dir: str = "runs"  # folder of all runs
+    exp_name: str = "pretrain_q"  # name of this experiment; the run folder is <runs-dir>/<env>__<exp-name>__<seed>
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to train; auto takes CUDA if there is one
+    # wall-clock time between resume.pt files; on a CPU no bit of a run's result depends on it
     checkpoint_minutes: float = 2.0
-    """wall-clock time between resume.pt files; on a CPU no bit of a run's result depends on it"""
 
+    # how the critic is trained (default: iql for AntMaze, sarsa for everything else)
     method: Literal["sarsa", "iql"] | None = None
-    """how the critic is trained (default: iql for AntMaze, sarsa for everything else)"""
-    total_steps: int | None = None
-    """gradient steps (default: 2,000,000; <body>-mini: 10,000)"""
+    total_steps: int | None = None  # gradient steps (default: 2,000,000; <body>-mini: 10,000)
+    # regress on discounted returns first (default: 0; 9/10 of a SARSA run too short for Q to converge)
     warm_start_steps: int | None = None
-    """regress on discounted returns first (default: 0; 9/10 of a SARSA run too short for Q to converge)"""
-    batch_size: int = 512
-    """transitions per gradient step"""
-    critic_width: int | None = None
-    """hidden width of the critic (default: 256; <body>-mini: 128)"""
-    lr: float | None = None
-    """Adam learning rate (default: 1e-4; <body>-mini: 3e-4)"""
-    gamma: float = 0.99
-    """discount of Q (App. D.2), which stage 2 takes from the critic"""
-    held_out: float = 0.0
-    """share of the episodes to keep out of training, for the TD loss in report.json"""
+    batch_size: int = 512  # transitions per gradient step
+    critic_width: int | None = None  # hidden width of the critic (default: 256; <body>-mini: 128)
+    lr: float | None = None  # Adam learning rate (default: 1e-4; <body>-mini: 3e-4)
+    gamma: float = 0.99  # discount of Q (App. D.2), which stage 2 takes from the critic
 
     def __post_init__(self):
         check_args(self, {"total_steps": 1, "batch_size": 1, "critic_width": 1})
-        if not 0 < self.gamma < 1 or not self.held_out < 1:
-            raise ValueError("--gamma must be in (0, 1), --held-out in [0, 1)")
+        if not 0 < self.gamma < 1:
+            raise ValueError(f"--gamma {self.gamma}: must be between 0 and 1")
         if self.total_steps and self.warm_start_steps and self.warm_start_steps > self.total_steps:
             raise ValueError(f"--warm-start-steps {self.warm_start_steps}: more than --total-steps {self.total_steps}")
 
@@ -90,9 +79,9 @@ def resolve(args: Args, task: "Task", device: torch.device) -> Args:
     defaults = (SMALL if task.quality == "mini" else PAPER) | {"method": "iql" if task.body == "antmaze" else "sarsa"}
     args = replace(args, device=device.type, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
     if args.warm_start_steps is None:
-        # Q' climbs to its level with time constant 1 / (tau per step (1 - gamma)): 40,000 steps. A SARSA run shorter than
-        # three of them starts by regression and only ends with SARSA: with few steps, min_m of two critics that still
-        # disagree costs level (measured: 257 fell to 220 in 15,000 SARSA steps).
+        # Q' climbs to its level with time constant 1 / (tau per step (1 - gamma)): 40,000 steps. A SARSA run shorter
+        # than three of them starts by regression and only ends with SARSA: with few steps, min_m of two critics that
+        # still disagree costs level (measured: 257 fell to 220 in 15,000 SARSA steps).
         too_short = args.method == "sarsa" and args.total_steps < 3 * TARGET_EVERY / (TAU * (1 - args.gamma))
         args = replace(args, warm_start_steps=args.total_steps * 9 // 10 if too_short else 0)
     return args
@@ -104,8 +93,8 @@ def resolve(args: Args, task: "Task", device: torch.device) -> Args:
 class MLP(nn.Module):
     """n independent networks, computed side by side: three hidden layers (App. D.1), Mish (release), linear output.
 
-    The critic is two of them: call with obs (..., obs_dim) standardised and act (..., act_dim); returns (n, ...), discounted
-    raw return. Always float32, TF32 off: the alignment signal is the sign of a small difference of two large numbers.
+    The critic is two of them: call with obs (..., obs_dim) standardised and act (..., act_dim); returns (n, ...), the
+    discounted raw return. Always float32, TF32 off: the alignment signal is a small difference of two large numbers.
     """
 
     def __init__(self, n: int, inputs: int, width: int):
@@ -130,33 +119,27 @@ class MLP(nn.Module):
 class Transitions:
     """The whole dataset on the training device; the s' and a' of row i are row i + 1 of the same episode."""
 
-    def __init__(self, data: "Dataset", task: "Task", device: torch.device, gamma: float, held_out: float = 0.0):
+    def __init__(self, data: "Dataset", task: "Task", device: torch.device, gamma: float):
         self.gamma, rewards = gamma, data.rewards + task.critic_reward_shift
         self.obs = torch.as_tensor(data.observations).to(device)
         self.obs = (self.obs - data.obs_mean.to(device)).div_(data.obs_std.to(device))
-        self.act, self.reward, self.terminal, self.ends = (
-            torch.as_tensor(x).to(device)
-            for x in (data.actions, rewards, data.terminals, np.repeat(data.ends, data.lengths))
-        )
+        self.act, self.reward = torch.as_tensor(data.actions).to(device), torch.as_tensor(rewards).to(device)
+        self.terminal = torch.as_tensor(data.terminals).to(device)
+        self.ends = torch.as_tensor(np.repeat(data.ends, data.lengths)).to(device)  # (N,) of its episode, exclusive
         returns, to_last = discounted_returns(rewards, data.ends, gamma)
         self.episode_returns = returns[data.starts], data.returns  # of each episode: discounted, and plain
         self.returns, self.to_last = (torch.as_tensor(x, dtype=torch.float32).to(device) for x in (returns, to_last))
-        # A timeout's last transition has neither s' nor a' in the dataset: leave it out (the release calls it terminal).
+        # A timeout's last transition has neither s' nor a' in the dataset: leave it out (the release: a terminal).
         usable = np.ones(len(rewards), bool)
         usable[data.ends - 1] = data.terminals[data.ends - 1]
-        shuffled = np.random.default_rng(0).permutation(len(data.ends))
-        kept_out = np.repeat(
-            np.isin(np.arange(len(data.ends)), shuffled[: int(held_out * len(data.ends))]), data.lengths
-        )
-        self.train = torch.as_tensor(np.flatnonzero(usable & ~kept_out)).to(device)
-        self.held_out = torch.as_tensor(np.flatnonzero(usable & kept_out)).to(device)
-        # where the episode's end is the MDP's own, or cuts less than 1% of the discounted sum off, the return is known
+        self.usable = torch.as_tensor(np.flatnonzero(usable)).to(device)
+        # where the episode's end is the MDP's own, or cuts off less than 1% of the discounted sum, the return is known
         terminal_episode = np.repeat(data.terminals[data.ends - 1], data.lengths)
-        self.known = torch.as_tensor(np.flatnonzero(terminal_episode | (to_last * gamma < 0.01)))
+        self.known = torch.as_tensor(np.flatnonzero(terminal_episode | (to_last * gamma < 0.01))).to(device)
 
 
 def discounted_returns(rewards: np.ndarray, ends: np.ndarray, gamma: float) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) sum of gamma^k r over the rest of each transition's episode, and (N,) gamma^(steps to its last transition)."""
+    """(N,) sum of gamma^k r over the rest of a transition's episode, and (N,) gamma^(steps to its last transition)."""
     lengths = np.diff(ends, prepend=0)
     returns = rewards.astype(np.float64)
     for k in range(1, lengths.max()):  # all episodes at once, k steps before their last transition
@@ -173,7 +156,7 @@ def sarsa_target(target_critic: MLP, data: Transitions, i: torch.Tensor) -> torc
 
 
 def return_target(target_critic: MLP, data: Transitions, i: torch.Tensor) -> torch.Tensor:
-    """The discounted return-to-go of rows i (B,); where a timeout cut it, min_m Q'_m of the last transition continues it."""
+    """The discounted return-to-go of rows i (B,), continued by min_m Q'_m of the last transition after a timeout."""
     last = data.ends[i] - 1
     q_last = target_critic(data.obs[last], data.act[last]).amin(dim=0)
     return data.returns[i] + data.to_last[i] * ~data.terminal[last] * (q_last - data.reward[last])
@@ -218,8 +201,8 @@ class Pretraining:
     def step(self, step: int) -> torch.Tensor:
         """Gradient step number `step`; returns the values of `metrics` (3,), on the device."""
         data, device = self.data, self.data.obs.device
-        rows = torch.randint(len(data.train), (self.args.batch_size,), generator=self.generator, device=device)
-        i, v_loss = data.train[rows], torch.zeros((), device=device)
+        rows = torch.randint(len(data.usable), (self.args.batch_size,), generator=self.generator, device=device)
+        i, v_loss = data.usable[rows], torch.zeros((), device=device)
         with torch.no_grad():
             if step < self.args.warm_start_steps:
                 y = return_target(self.target_critic, data, i)
@@ -240,32 +223,23 @@ class Pretraining:
 
 @torch.no_grad()
 def report(learner: Pretraining) -> dict:
-    """On up to 100,000 transitions: TD loss, Q against known returns, their rank correlation (Table E.19)."""
-    critic, data = learner.critic, learner.data
-
-    def some(rows):  # a fixed, even choice
-        return rows[:: max(1, -(-len(rows) // 100_000))].to(data.obs.device)
+    """On up to 100,000 transitions: Q against known returns, their rank correlation (Table E.19), and Q's scale."""
+    data = learner.data
 
     def q_of(rows):
-        parts = [critic(data.obs[i], data.act[i]).amin(dim=0) for i in rows.split(4096)] if len(rows) else []
-        return torch.cat([*parts, torch.zeros(0, device=data.obs.device)]).cpu().double()
+        rows = rows[:: max(1, -(-len(rows) // 100_000))]  # a fixed, even choice
+        parts = [learner.critic(data.obs[i], data.act[i]).amin(dim=0) for i in rows.split(4096)]
+        return torch.cat(parts).cpu().double(), data.returns[rows].cpu().double()
 
-    rows, td = some(data.held_out if len(data.held_out) else data.train), 0.0
-    for i in rows.split(4096):
-        sarsa = learner.args.method == "sarsa"
-        y = sarsa_target(learner.target_critic, data, i) if sarsa else iql_target(learner.value, data, i)
-        td += float(td_loss(critic, data, i, y)[0]) * len(i) / len(rows)
-    known = some(data.known)
-    q, returns = q_of(known), data.returns[known].cpu().double()
+    q, returns = q_of(data.known)
+    q_of_all, _ = q_of(torch.arange(len(data.reward), device=data.obs.device))
     return {
-        "td_loss": td,
-        "td_loss_on": "held-out episodes" if len(data.held_out) else "training episodes",
         "q_mean": float(q.mean()) if len(q) else None,
         "return_mean": float(returns.mean()) if len(q) else None,
         "spearman_q_vs_return": rank_correlation(q, returns),
         # about as well as an exact critic would rank episodes by their plain returns, which stage 2 conditions on
         "spearman_discounted_vs_plain_return": rank_correlation(*data.episode_returns),
-        "q_abs_mean": float(q_of(some(torch.arange(len(data.reward)))).abs().mean()),
+        "q_abs_mean": float(q_of_all.abs().mean()),
     }
 
 
@@ -294,8 +268,8 @@ def main() -> None:
     if load_own(folder / "critic.pt", "pretrain_q", identity):
         return print(f"{folder}/critic.pt is finished; nothing to do (another run: --exp-name)")
     state = load_own(folder / "resume.pt", "pretrain_q", identity)
-    data = Transitions(dataset, task, device, args.gamma, args.held_out)
-    if not len(data.train):
+    data = Transitions(dataset, task, device, args.gamma)
+    if not len(data.usable):
         fail(f"{dataset.label}: no transition with a successor or a terminal in it; the critic needs longer episodes")
 
     with claim(folder):
@@ -305,28 +279,26 @@ def main() -> None:
         )  # since the last row of metrics.csv
         step, rows = 0, []  # of metrics.csv
         if state:
-            restore(state, folder / "resume.pt", learner, sums, args.total_steps)
-            step, rows = state["step"], state["rows"]
-        print(f"{folder}: {dataset.label}, {len(data.train):,} training transitions, {args.method}, step {step:,}")
+            counters = restore(state, folder / "resume.pt", learner, sums, args.total_steps)
+            step, rows = counters["step"], counters["rows"]
+        print(f"{folder}: {dataset.label}, {len(data.usable):,} training transitions, {args.method}, step {step:,}")
         if args.warm_start_steps:
-            print(
-                f"the first {args.warm_start_steps:,} steps regress on discounted returns-to-go (a short run; not the paper's)"
-            )
+            print(f"the first {args.warm_start_steps:,} steps regress on discounted returns, unlike the paper's")
         metrics, saved = Log(folder, "metrics", rows), time.monotonic()
         bar = tqdm(
             total=args.total_steps, initial=step, unit="step", desc=f"critic ({args.method})", dynamic_ncols=True
         )
 
         def save() -> None:
-            content = dict(stage="pretrain_q", config=identity, step=step, rows=rows)
-            save_resume(folder, content, learner, sums)
+            counters = dict(step=step, rows=rows)
+            save_resume(folder, dict(stage="pretrain_q", config=identity, counters=counters), learner, sums)
 
         while step < args.total_steps:
             sums += learner.step(step)
             step += 1
             bar.update()
             if step % LOG_EVERY == 0 or step == args.total_steps:
-                check_finite([sums], f"step {step:,}: a loss")
+                check_finite(learner, sums, step)
                 means = dict(zip(learner.metrics, (sums / ((step - 1) % LOG_EVERY + 1)).tolist()))
                 metrics.write({"step": step, **means})
                 bar.set_postfix_str(" ".join(f"{name} {x:.3g}" for name, x in means.items()))
@@ -341,15 +313,11 @@ def main() -> None:
         write_file(folder / "report.json", (json.dumps(named | result, indent=2) + "\n").encode())
         content = dict(stage="pretrain_q", config=identity, data=dataset.summary(), report=result)
         save_checkpoint(folder / "critic.pt", content | {"critic": learner.critic.state_dict()})
-    print(f"TD loss {result['td_loss']:.4g} on {result['td_loss_on']}")
     if result["q_mean"] is not None:
         print(
             f"mean Q {result['q_mean']:.2f}, mean discounted return of the same transitions {result['return_mean']:.2f}"
         )
-    for name, text in (("q", "Q and discounted return"), ("discounted", "discounted and plain return of episodes")):
-        rho = result["spearman_q_vs_return" if name == "q" else "spearman_discounted_vs_plain_return"]
-        print(f"Spearman correlation of {text}: {'undefined' if rho is None else f'{rho:.3f}'}")
-    print(f"{folder}/critic.pt")
+    print(f"{folder}/critic.pt; rank correlations in {folder}/report.json")
 
 
 # ======== shared: setup ========
@@ -369,7 +337,7 @@ def one_line(error: BaseException) -> str:
 
 
 def run(main) -> None:
-    """main(), where Ctrl-C (exit 130), NaN and errors of the system (exit 1: disk, permissions, memory) are one line."""
+    """main(), where Ctrl-C (exit 130), NaN and errors of the system (exit 1: disk, memory, ...) are one line."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # None where it was closed
         stream.reconfigure(line_buffering=True, errors="replace")
@@ -384,7 +352,7 @@ def run(main) -> None:
 
 
 def check_args(args, lowest: dict) -> None:
-    """ValueError, which tyro reports, for an --exp-name that is no name or a number outside lowest.get(name, 0) .. 1e9."""
+    """ValueError, which tyro reports, for a number outside lowest.get(name, 0) .. 1e9 or a bad --exp-name."""
     if not re.fullmatch(r"\w[\w.-]*", args.exp_name, re.ASCII):
         raise ValueError(f"--exp-name {args.exp_name!r}: letters, digits and . _ - only, a letter or digit first")
     for name, value in vars(args).items():
@@ -435,7 +403,7 @@ def load_checkpoint(path: Path, stage: str) -> dict:
 
 @contextlib.contextmanager
 def claim(folder: Path):
-    """Make the run folder and hold its lock; exits 2 if another process does. Removes a killed one's temporary files."""
+    """Make the run folder and hold its lock; exits 2 if another process does. Removes leftover temporary files."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(folder / ".lock", timeout=0):
@@ -456,32 +424,29 @@ def load_own(path: Path, stage: str, identity: dict) -> dict | None:
         return None
     content = load_checkpoint(path, stage)
     theirs = content.get("config", {})
-    if differs := [f"{k} {theirs.get(k)} there, {ours} here" for k, ours in identity.items() if theirs.get(k) != ours]:
+    differs = [f"{k} {theirs.get(k)} there, {ours} here" for k, ours in identity.items() if theirs.get(k) != ours]
+    if differs:
         fail(f"{path} is of another run ({'; '.join(differs[:3])}); choose another --exp-name, or remove {path.parent}")
     return content
 
 
-def check_finite(values, what: str) -> None:
+def check_finite(learner, sums: torch.Tensor, step: int) -> None:
     """FloatingPointError on NaN and infinity: a bad state never replaces a good one."""
-    if not all(x.isfinite().all() for x in values):
-        raise FloatingPointError(f"{what} became NaN or infinite (try a lower learning rate)")
-
-
-def weights_of(learner) -> list[torch.Tensor]:
-    return [p for part in learner.parts.values() if isinstance(part, nn.Module) for p in part.parameters()]
+    weights = [p for part in learner.parts.values() if isinstance(part, nn.Module) for p in part.parameters()]
+    if not all(x.isfinite().all() for x in (sums, *weights)):
+        raise FloatingPointError(f"step {step:,}: a loss or weight is NaN or infinite; try a lower learning rate")
 
 
 def save_resume(folder: Path, content: dict, learner, sums: torch.Tensor) -> None:
     """What a killed run needs to continue (on a CPU bit for bit): networks, optimisers, random streams, counters."""
-    check_finite([sums, *weights_of(learner)], f"step {content['step']:,}: a weight, a loss or a gradient")
-    content |= {name: part.state_dict() for name, part in learner.parts.items()} | {"sums": sums}
+    check_finite(learner, sums, content["counters"]["step"])
     cuda = torch.cuda.get_rng_state() if sums.is_cuda else torch.zeros(0)
-    content["random"] = learner.generator.get_state(), torch.get_rng_state(), cuda
-    save_checkpoint(folder / "resume.pt", content)
+    content["random"], content["sums"] = (learner.generator.get_state(), torch.get_rng_state(), cuda), sums
+    save_checkpoint(folder / "resume.pt", content | {name: part.state_dict() for name, part in learner.parts.items()})
 
 
-def restore(content: dict, path: Path, learner, sums: torch.Tensor, total_steps: int) -> None:
-    """The reverse of save_resume, without the counters; exits 2 on a state that cannot be of this run."""
+def restore(content: dict, path: Path, learner, sums: torch.Tensor, total_steps: int) -> dict:
+    """The reverse of save_resume; returns the counters. Exits 2 on a state that cannot be of this run."""
     try:
         for name, part in learner.parts.items():
             part.load_state_dict(content[name])
@@ -493,9 +458,10 @@ def restore(content: dict, path: Path, learner, sums: torch.Tensor, total_steps:
         torch.set_rng_state(cpu)
         if sums.is_cuda:
             torch.cuda.set_rng_state(cuda)
-        check_finite([sums, *weights_of(learner)], "a weight")
-        if content["step"] not in range(total_steps + 1):
-            raise ValueError(f"step {content['step']}")
+        check_finite(learner, sums, content["counters"]["step"])
+        if content["counters"]["step"] not in range(total_steps + 1):
+            raise ValueError(f"step {content['counters']['step']}")
+        return content["counters"]
     except (ArithmeticError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         fail(f"{path}: not a state of this run ({one_line(error)}); remove it to start anew")
 
@@ -529,7 +495,7 @@ class Log:
 
 
 class Task(NamedTuple):
-    """What a name <body>-<quality>-<tag> stands for. RTG ranges are normalised, targets and references raw returns."""
+    """What a name <body>-<quality>-<tag> stands for; returns are raw unless something else is said."""
 
     name: str
     body: str
@@ -541,7 +507,7 @@ class Task(NamedTuple):
     ref_min: float  # D4RL's reference returns, of a random and of an expert policy
     ref_max: float
     rtg_scale: float
-    rtg_range: tuple[float, float]  # the release's, for D4RL data
+    rtg_range: tuple[float, float]  # normalised; the release's, for D4RL data
     high_targets: tuple[float, ...]  # the release's evaluation targets, for D4RL data
     critic_reward_shift: float = 0.0  # AntMaze: the critic sees r - 1, as in IQL
 
@@ -568,14 +534,14 @@ def parse_env(name: str) -> Task:
     names = [f"{b}-{q}-v2" for b in BODIES for q in (MAZES if b == "antmaze" else QUALITIES)]
     known = name in names or tag != "v2" and f"{name}-v2" not in names and re.fullmatch(r"\w[\w.]*", tag, re.ASCII)
     if not known or body not in BODIES or quality not in (*MAZES, *QUALITIES, "mixed", "mini"):
-        close = difflib.get_close_matches(name, [*names, "hopper-mini"], n=3, cutoff=0.0)
+        close = difflib.get_close_matches(name, [*names, "hopper-mini", "halfcheetah-mini"], n=3, cutoff=0.0)
         fail(f"unknown --env {name!r}: did you mean {', '.join(close)}? (any tag but v2 stands for your own data)")
     return Task(name, body, quality, tag, *BODIES[body])
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one; exits 2 where CUDA is asked for and missing. Switches TF32 off."""
-    torch.set_float32_matmul_precision("highest")  # float32 is float32, for the critic above all
+    """`auto` is CUDA where there is one. Switches TF32 off: float32 is float32, for the critic above all."""
+    torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     if name == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: torch finds no CUDA device here; use --device cpu or auto")
@@ -607,10 +573,9 @@ class Dataset:
         self.returns = np.add.reduceat(self.rewards, self.starts, dtype=np.float64)  # (E,) undiscounted
         self.obs_mean = torch.as_tensor(self.observations.mean(axis=0, dtype=np.float64), dtype=torch.float32)
         self.obs_std = torch.as_tensor(self.observations.std(axis=0, dtype=np.float64) + 1e-6, dtype=torch.float32)
-        sha256 = hashlib.sha256(str(self.observations.shape).encode())
-        for x in (self.observations, self.actions, self.rewards, self.terminals, self.ends):
-            sha256.update(np.ascontiguousarray(x).data)
-        self.digest = sha256.hexdigest()[:16]
+        arrays = (self.observations, self.actions, self.rewards, self.terminals, self.ends)
+        digests = [hashlib.sha256(np.ascontiguousarray(x)).digest() for x in arrays]
+        self.digest = hashlib.sha256(b"".join(digests)).hexdigest()[:16]
 
     def returns_to_go(self) -> np.ndarray:
         """(N,) raw, undiscounted: sum of r_i from each transition to the end of its episode."""

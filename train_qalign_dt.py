@@ -4,11 +4,11 @@
 
 Equations, tables and appendices are those of "Return-to-Go Is More Than a Number" (ICML 2026):
 
-    shift_rtg             Eq. 2   all return-to-go (RTG) tokens of a window are moved by one scalar
-    critic_loss           Eq. 7   the critic regresses on the target policy's answer to an RTG raised by Delta_RTG
-    alignment_loss        Eq. 5   an RTG raised (lowered) by a random delta must not lower (raise) Q
-    actor_loss            Eq. 6   the supervised loss on actions and states + lambda_e times the alignment loss
-    CoTraining.step       Algorithm 1
+    shift_rtg         Eq. 2   all return-to-go (RTG) tokens of a window are moved by one scalar
+    critic_loss       Eq. 7   the critic regresses on the target policy's answer to an RTG raised by Delta_RTG
+    alignment_loss    Eq. 5   an RTG raised (lowered) by a random delta must not lower (raise) Q
+    actor_loss        Eq. 6   the supervised loss on actions and states + lambda_e times the alignment loss
+    CoTraining.step   Algorithm 1
 
 Reads the dataset and stage 1's critic.pt (trained first if it is missing). Writes runs/<env>__<exp-name>__<seed>/ with
 policy.pt (last step), policy_best.pt (best periodic evaluation), resume.pt, metrics.csv, evaluations.csv, TensorBoard
@@ -47,67 +47,50 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Args:
+    # <body>-<quality>-<tag>: a D4RL name (tag v2) or your own data's tag; hopper-mini comes with the code
     env: str = "hopper-mini"
-    """<body>-<quality>-<tag>: a D4RL name (tag v2) or your own data's tag; hopper-mini comes with the code"""
-    seed: int = 1
-    """seed of the initial weights, the windows, the perturbations and the evaluation episodes"""
+    seed: int = 1  # seed of the initial weights, the windows, the perturbations and the evaluation episodes
+    # HDF5 file(s) in D4RL's layout to use instead of the download; several are concatenated
     dataset_path: tuple[str, ...] = ()
-    """HDF5 file(s) in D4RL's layout to use instead of the download; several are concatenated"""
-    runs_dir: str = "runs"
-    """folder of all runs"""
-    exp_name: str = "train_qalign_dt"
-    """name of this experiment; the run folder is <runs-dir>/<env>__<exp-name>__<seed>"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where to train; auto takes CUDA if there is one"""
+    runs_dir: str = "runs"  # folder of all runs
+    exp_name: str = "train_qalign_dt"  # name of this experiment; the run folder is <runs-dir>/<env>__<exp-name>__<seed>
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to train; auto takes CUDA if there is one
+    # arithmetic of the transformer's blocks; auto: bf16 where the hardware has it. All else is always float32
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """arithmetic of the transformer's blocks; auto: bf16 where the hardware has it. All else is always float32"""
-    compile: bool = False
-    """torch.compile the networks and, on CUDA, replay each step as one CUDA graph"""
-    critic: str = ""
-    """stage 1's critic.pt (default: the one of this env and seed)"""
+    compile: bool = False  # torch.compile the networks and, on CUDA, replay each step as one CUDA graph
+    critic: str = ""  # stage 1's critic.pt (default: the one of this env and seed)
+    # wall-clock time between resume.pt files; on a CPU no bit of a run's result depends on it
     checkpoint_minutes: float = 2.0
-    """wall-clock time between resume.pt files; on a CPU no bit of a run's result depends on it"""
 
+    # gradient steps; both learning rates fall to 0 over them (default: 100,000; <body>-mini: 5,000)
     total_steps: int | None = None
-    """gradient steps; both learning rates fall to 0 over them (default: 100,000; <body>-mini: 5,000)"""
-    embed_dim: int | None = None
-    """width of the transformer (default: 256; <body>-mini: 64)"""
-    n_layer: int | None = None
-    """number of transformer blocks (default: 4; <body>-mini: 2)"""
-    n_head: int | None = None
-    """attention heads per block (default: 4; <body>-mini: 2)"""
+    embed_dim: int | None = None  # width of the transformer (default: 256; <body>-mini: 64)
+    n_layer: int | None = None  # number of transformer blocks (default: 4; <body>-mini: 2)
+    n_head: int | None = None  # attention heads per block (default: 4; <body>-mini: 2)
+    # K, the window length in environment steps of three tokens (default: 20; <body>-mini: 10)
     context_len: int | None = None
-    """K, the window length in environment steps of three tokens (default: 20; <body>-mini: 10)"""
-    batch_size: int | None = None
-    """windows per gradient step (default: 256; <body>-mini: 64)"""
-    critic_width: int | None = None
-    """hidden width of the critic, that of --critic (default: 256; <body>-mini: 128)"""
-    actor_lr: float | None = None
-    """Adam learning rate of the policy, with L2 1e-4 (default: 3e-4; <body>-mini: 1e-3)"""
+    batch_size: int | None = None  # windows per gradient step (default: 256; <body>-mini: 64)
+    critic_width: int | None = None  # hidden width of the critic, that of --critic (default: 256; <body>-mini: 128)
+    actor_lr: float | None = None  # Adam learning rate of the policy, with L2 1e-4 (default: 3e-4; <body>-mini: 1e-3)
 
+    # weight of the alignment loss, Eq. 6 (default: Table D.8's row; <body>-mini: 0.02); 0 trains without a critic
     lambda_e: float | None = None
-    """weight of the alignment loss, Eq. 6 (default: Table D.8's row; <body>-mini: 0.02); 0 trains without a critic"""
+    # std of the RTG perturbation delta, Eq. 5, normalised RTG (default: Table D.8's row; <body>-mini: 1)
     sigma_e: float | None = None
-    """std of the RTG perturbation delta, Eq. 5, normalised RTG (default: Table D.8's row; <body>-mini: 1)"""
+    # Delta_RTG, by which the critic's target raises the RTG, Eq. 7 (default: Table D.8's row; <body>-mini: 0.5)
     delta_rtg: float | None = None
-    """Delta_RTG, by which the critic's target raises the RTG, Eq. 7 (default: Table D.8's row; <body>-mini: 0.5)"""
+    # form of the penalty: Eq. 5, or one of the two variants of Table E.11
     alignment: Literal["one-sided", "symmetric", "squared"] = "one-sided"
-    """form of the penalty: Eq. 5, or one of the two variants of Table E.11"""
-    conv: bool = True
-    """causal convolution after W_q, W_k, W_v (App. D.1)"""
-    state_loss: bool = True
-    """reconstruct states too; a Decision Transformer is --lambda-e 0 --no-conv --no-state-loss"""
-    update_q: bool = True
-    """co-train the critic; --no-update-q keeps stage 1's (Table E.10)"""
-    q_noise: float = 0.0
-    """std sigma_n, in raw Q units, of the noise added to the target critic (Table E.13)"""
+    conv: bool = True  # causal convolution after W_q, W_k, W_v (App. D.1)
+    state_loss: bool = True  # reconstruct states too; a Decision Transformer is --lambda-e 0 --no-conv --no-state-loss
+    update_q: bool = True  # co-train the critic; --no-update-q keeps stage 1's (Table E.10)
+    q_noise: float = 0.0  # std sigma_n, in raw Q units, of the noise added to the target critic (Table E.13)
+    # bounds of a shifted window's first RTG, normalised (default: the release's for D4RL data, else the data's own)
     rtg_range: tuple[float, float] | None = None
-    """bounds of a shifted window's first RTG, normalised (default: the release's for D4RL data, else the data's own)"""
 
+    # gradient steps between evaluations at high target returns; 0: never (default: a tenth of the run)
     eval_every: int | None = None
-    """gradient steps between evaluations at high target returns; 0: never (default: a tenth of the run)"""
-    eval_rollouts: int = 5
-    """episodes per target return in those evaluations"""
+    eval_rollouts: int = 5  # episodes per target return in those evaluations
 
     def __post_init__(self):
         at_least_1 = dict.fromkeys(("embed_dim", "n_layer", "n_head", "context_len", "batch_size"), 1)
@@ -131,8 +114,8 @@ class Config(Args):
     q_scale: float = 1.0  # Q is divided by it in Eq. 5; 1 except for AntMaze
 
 
-# Table D.8: sigma_e, lambda_e, Delta_RTG. Ours, where it has no row: `expert` as medium-expert, `random` as medium, Ant as
-# HalfCheetah, the large mazes as the others.
+# Table D.8: sigma_e, lambda_e, Delta_RTG. Ours, where it has no row: `expert` as medium-expert, `random` as medium,
+# Ant as HalfCheetah, the large mazes as the others.
 TABLE_D8 = {
     "walker2d": {"medium-replay": (10, 0.3, 2), "medium": (10, 0.3, 1), "medium-expert": (10, 0.3, 10)},
     "halfcheetah": {"medium-replay": (15, 5, 5), "medium": (15, 5, 10), "medium-expert": (15, 1, 10)},
@@ -181,7 +164,9 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         # App. D.1: a convolution over the token axis, window 6, one each for q, k and v
         self.conv = nn.Conv1d(3 * width, 3 * width, 6, groups=3) if conv else None
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
+        )
 
     def attend(self, x, keep, bias, last: int):  # (B, T, D), (B, T, 1), (B, 1, T, T) -> (B, last, D)
         # Padding must not leak: W_q, W_k, W_v have biases, so padded tokens are zeroed again before the convolution,
@@ -273,8 +258,8 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 class MLP(nn.Module):
     """n independent networks, computed side by side: three hidden layers (App. D.1), Mish (release), linear output.
 
-    The critic is two of them: call with obs (..., obs_dim) standardised and act (..., act_dim); returns (n, ...), discounted
-    raw return. Always float32, TF32 off: the alignment signal is the sign of a small difference of two large numbers.
+    The critic is two of them: call with obs (..., obs_dim) standardised and act (..., act_dim); returns (n, ...), the
+    discounted raw return. Always float32, TF32 off: the alignment signal is a small difference of two large numbers.
     """
 
     def __init__(self, n: int, inputs: int, width: int):
@@ -355,8 +340,8 @@ def shift_rtg(batch: Batch, shift, rtg_range):
 def critic_target(batch: Batch, q_next, gamma: float):
     """Eq. 7's y_i = r_i + gamma q_{i+1}, and where it is defined. The equation omits the factor 1 - terminal_i.
 
-    q_next (B, K): min_m Q'_m(s_i, a'_i) at every step of the window -> y (B, K), mask (B, K). A window's last step has no
-    s_{i+1} in it, so it counts only as a true terminal.
+    q_next (B, K): min_m Q'_m(s_i, a'_i) at every step of the window -> y (B, K), mask (B, K). A window's last step has
+    no s_{i+1} in it, so it counts only as a true terminal.
     """
     following = F.pad(q_next[:, 1:], (0, 1))
     y = batch.reward + gamma * ~batch.terminal * following
@@ -537,12 +522,10 @@ def main() -> None:
     }
     folder = Path(args.runs_dir) / f"{args.env}__{args.exp_name}__{args.seed}"
     finished = load_own(folder / "policy.pt", "train_qalign_dt", identity)
-    if finished and finished["step"] == config.total_steps:
+    if finished and finished.get("step") == config.total_steps:
         return print(f"{folder}/policy.pt is finished; nothing to do (another run: --exp-name)")
     state, critic_weights = load_own(folder / "resume.pt", "train_qalign_dt", identity), None
-    if state:  # it holds the critic: stage 1's is no longer needed
-        config = replace(config, gamma=state["gamma"], q_scale=state["q_scale"])
-    elif config.lambda_e > 0:
+    if config.lambda_e > 0 and not state:  # resume.pt holds the critic: stage 1's is no longer needed
         config, critic_weights = stage_1(args, config, task, data, device)
     high_targets = task.high_targets if data.is_d4rl else (float(data.returns.max()), 1.2 * float(data.returns.max()))
 
@@ -554,23 +537,23 @@ def main() -> None:
         sums = torch.zeros(len(learner.metrics), device=device)  # of the metrics since the last row of metrics.csv
         step, best, rows, scores = 0, -math.inf, [], []  # of metrics.csv and of evaluations.csv
         if state:
-            restore(state, folder / "resume.pt", learner, sums, config.total_steps)
-            step, best, rows, scores = (state[name] for name in ("step", "best", "rows", "scores"))
+            counters = restore(state, folder / "resume.pt", learner, sums, config.total_steps)
+            step, best, rows, scores = (counters[name] for name in ("step", "best", "rows", "scores"))
+            config = learner.config = replace(config, gamma=counters["gamma"], q_scale=counters["q_scale"])
         print(f"{folder}: {data.label}, {len(data.rewards):,} transitions, {len(data.ends):,} episodes, step {step:,}")
         metrics, evaluations = Log(folder, "metrics", rows), Log(folder, "evaluations", scores)
         bar = tqdm(total=config.total_steps, initial=step, unit="step", desc="training", dynamic_ncols=True)
 
         def save_policy(name: str, **extra) -> None:  # all that later stages need
             content = dict(stage="train_qalign_dt", env=args.env, config=identity | {"gamma": config.gamma}, step=step)
-            content |= dict(
-                data=data.summary(), obs_mean=data.obs_mean, obs_std=data.obs_std, policy=learner.policy.state_dict()
-            )
-            content |= dict(episode_returns=torch.as_tensor(data.returns), critic=learner.critic.state_dict())
-            save_checkpoint(folder / name, content | extra)
+            content |= dict(data=data.summary(), obs_mean=data.obs_mean, obs_std=data.obs_std)
+            critic = learner.critic.state_dict() if config.lambda_e > 0 else None
+            content |= dict(policy=learner.policy.state_dict(), critic=critic)
+            save_checkpoint(folder / name, content | {"episode_returns": torch.as_tensor(data.returns)} | extra)
 
         def save() -> None:
             counters = dict(step=step, best=best, rows=rows, scores=scores, gamma=config.gamma, q_scale=config.q_scale)
-            save_resume(folder, counters | dict(stage="train_qalign_dt", config=identity), learner, sums)
+            save_resume(folder, dict(stage="train_qalign_dt", config=identity, counters=counters), learner, sums)
             save_policy("policy.pt")
 
         saved = time.monotonic()
@@ -579,7 +562,8 @@ def main() -> None:
             if due and task.env_id and (not scores or scores[-1]["step"] < step):
                 achieved = evaluate(learner.policy, task, high_targets, config, data)
                 evaluations.write({"step": step} | {f"score_at_{x:g}": y for x, y in zip(high_targets, achieved)})
-                bar.write(" ".join(f"{name} {value:.1f}" for name, value in scores[-1].items()))
+                said = (f"{y:.1f} at target return {x:g}" for x, y in zip(high_targets, achieved))
+                bar.write(f"step {step:,}: score {', '.join(said)}")
                 if max(achieved) > best:
                     best = max(achieved)
                     save_policy("policy_best.pt", score=best)
@@ -590,7 +574,7 @@ def main() -> None:
             step += 1
             bar.update()
             if step % LOG_EVERY == 0 or step == config.total_steps:
-                check_finite([sums], f"step {step:,}: a loss or a gradient")
+                check_finite(learner, sums, step)
                 means = (sums / ((step - 1) % LOG_EVERY + 1)).tolist()
                 metrics.write({"step": step, **dict(zip(learner.metrics, means)), "actor_lr": actor_lr})
                 shown = ("action_loss", "state_loss", "align_loss", "violated", "q_mean")
@@ -608,7 +592,7 @@ NOT_OF_THE_RUN = ("dataset_path", "runs_dir", "critic", "checkpoint_minutes", "g
 
 
 def stage_1(args: Args, config: Config, task: "Task", data: "Dataset", device) -> tuple[Config, dict]:
-    """The weights of stage 1's critic, which is trained first if it is missing, and the configuration with its discount."""
+    """The configuration with stage 1's discount, and the weights of its critic, which is trained if it is missing."""
     path = Path(args.critic or Path(args.runs_dir) / f"{args.env}__pretrain_q__{args.seed}" / "critic.pt")
     script = Path(__file__).resolve().parent / "pretrain_q.py"
     if not args.critic and not os.path.lexists(path) and script.is_file():
@@ -632,10 +616,9 @@ def stage_1(args: Args, config: Config, task: "Task", data: "Dataset", device) -
 
 
 def cuda_graph(step, generator: torch.Generator):
-    """Yields the result of step() forever: called three times, then recorded as one CUDA graph, which is replayed.
+    """Yields the result of step() forever: three times called, then recorded as a CUDA graph, then replayed.
 
-    A hundred kernels a step then cost the CPU one launch. All state must be in tensors that `step` changes in place; its
-    result is overwritten by the next one.
+    A hundred kernels then cost the CPU one launch. All state must be in tensors that `step` changes in place.
     """
     stream = torch.cuda.Stream()
     for _ in range(3):  # warm-up on a stream of its own, as torch asks for
@@ -670,7 +653,7 @@ def one_line(error: BaseException) -> str:
 
 
 def run(main) -> None:
-    """main(), where Ctrl-C (exit 130), NaN and errors of the system (exit 1: disk, permissions, memory) are one line."""
+    """main(), where Ctrl-C (exit 130), NaN and errors of the system (exit 1: disk, memory, ...) are one line."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # None where it was closed
         stream.reconfigure(line_buffering=True, errors="replace")
@@ -685,7 +668,7 @@ def run(main) -> None:
 
 
 def check_args(args, lowest: dict) -> None:
-    """ValueError, which tyro reports, for an --exp-name that is no name or a number outside lowest.get(name, 0) .. 1e9."""
+    """ValueError, which tyro reports, for a number outside lowest.get(name, 0) .. 1e9 or a bad --exp-name."""
     if not re.fullmatch(r"\w[\w.-]*", args.exp_name, re.ASCII):
         raise ValueError(f"--exp-name {args.exp_name!r}: letters, digits and . _ - only, a letter or digit first")
     for name, value in vars(args).items():
@@ -736,7 +719,7 @@ def load_checkpoint(path: Path, stage: str) -> dict:
 
 @contextlib.contextmanager
 def claim(folder: Path):
-    """Make the run folder and hold its lock; exits 2 if another process does. Removes a killed one's temporary files."""
+    """Make the run folder and hold its lock; exits 2 if another process does. Removes leftover temporary files."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(folder / ".lock", timeout=0):
@@ -757,32 +740,29 @@ def load_own(path: Path, stage: str, identity: dict) -> dict | None:
         return None
     content = load_checkpoint(path, stage)
     theirs = content.get("config", {})
-    if differs := [f"{k} {theirs.get(k)} there, {ours} here" for k, ours in identity.items() if theirs.get(k) != ours]:
+    differs = [f"{k} {theirs.get(k)} there, {ours} here" for k, ours in identity.items() if theirs.get(k) != ours]
+    if differs:
         fail(f"{path} is of another run ({'; '.join(differs[:3])}); choose another --exp-name, or remove {path.parent}")
     return content
 
 
-def check_finite(values, what: str) -> None:
+def check_finite(learner, sums: torch.Tensor, step: int) -> None:
     """FloatingPointError on NaN and infinity: a bad state never replaces a good one."""
-    if not all(x.isfinite().all() for x in values):
-        raise FloatingPointError(f"{what} became NaN or infinite (try a lower learning rate)")
-
-
-def weights_of(learner) -> list[torch.Tensor]:
-    return [p for part in learner.parts.values() if isinstance(part, nn.Module) for p in part.parameters()]
+    weights = [p for part in learner.parts.values() if isinstance(part, nn.Module) for p in part.parameters()]
+    if not all(x.isfinite().all() for x in (sums, *weights)):
+        raise FloatingPointError(f"step {step:,}: a loss or weight is NaN or infinite; try a lower learning rate")
 
 
 def save_resume(folder: Path, content: dict, learner, sums: torch.Tensor) -> None:
     """What a killed run needs to continue (on a CPU bit for bit): networks, optimisers, random streams, counters."""
-    check_finite([sums, *weights_of(learner)], f"step {content['step']:,}: a weight, a loss or a gradient")
-    content |= {name: part.state_dict() for name, part in learner.parts.items()} | {"sums": sums}
+    check_finite(learner, sums, content["counters"]["step"])
     cuda = torch.cuda.get_rng_state() if sums.is_cuda else torch.zeros(0)
-    content["random"] = learner.generator.get_state(), torch.get_rng_state(), cuda
-    save_checkpoint(folder / "resume.pt", content)
+    content["random"], content["sums"] = (learner.generator.get_state(), torch.get_rng_state(), cuda), sums
+    save_checkpoint(folder / "resume.pt", content | {name: part.state_dict() for name, part in learner.parts.items()})
 
 
-def restore(content: dict, path: Path, learner, sums: torch.Tensor, total_steps: int) -> None:
-    """The reverse of save_resume, without the counters; exits 2 on a state that cannot be of this run."""
+def restore(content: dict, path: Path, learner, sums: torch.Tensor, total_steps: int) -> dict:
+    """The reverse of save_resume; returns the counters. Exits 2 on a state that cannot be of this run."""
     try:
         for name, part in learner.parts.items():
             part.load_state_dict(content[name])
@@ -794,9 +774,10 @@ def restore(content: dict, path: Path, learner, sums: torch.Tensor, total_steps:
         torch.set_rng_state(cpu)
         if sums.is_cuda:
             torch.cuda.set_rng_state(cuda)
-        check_finite([sums, *weights_of(learner)], "a weight")
-        if content["step"] not in range(total_steps + 1):
-            raise ValueError(f"step {content['step']}")
+        check_finite(learner, sums, content["counters"]["step"])
+        if content["counters"]["step"] not in range(total_steps + 1):
+            raise ValueError(f"step {content['counters']['step']}")
+        return content["counters"]
     except (ArithmeticError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         fail(f"{path}: not a state of this run ({one_line(error)}); remove it to start anew")
 
@@ -830,7 +811,7 @@ class Log:
 
 
 class Task(NamedTuple):
-    """What a name <body>-<quality>-<tag> stands for. RTG ranges are normalised, targets and references raw returns."""
+    """What a name <body>-<quality>-<tag> stands for; returns are raw unless something else is said."""
 
     name: str
     body: str
@@ -842,7 +823,7 @@ class Task(NamedTuple):
     ref_min: float  # D4RL's reference returns, of a random and of an expert policy
     ref_max: float
     rtg_scale: float
-    rtg_range: tuple[float, float]  # the release's, for D4RL data
+    rtg_range: tuple[float, float]  # normalised; the release's, for D4RL data
     high_targets: tuple[float, ...]  # the release's evaluation targets, for D4RL data
     critic_reward_shift: float = 0.0  # AntMaze: the critic sees r - 1, as in IQL
 
@@ -869,14 +850,14 @@ def parse_env(name: str) -> Task:
     names = [f"{b}-{q}-v2" for b in BODIES for q in (MAZES if b == "antmaze" else QUALITIES)]
     known = name in names or tag != "v2" and f"{name}-v2" not in names and re.fullmatch(r"\w[\w.]*", tag, re.ASCII)
     if not known or body not in BODIES or quality not in (*MAZES, *QUALITIES, "mixed", "mini"):
-        close = difflib.get_close_matches(name, [*names, "hopper-mini"], n=3, cutoff=0.0)
+        close = difflib.get_close_matches(name, [*names, "hopper-mini", "halfcheetah-mini"], n=3, cutoff=0.0)
         fail(f"unknown --env {name!r}: did you mean {', '.join(close)}? (any tag but v2 stands for your own data)")
     return Task(name, body, quality, tag, *BODIES[body])
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one; exits 2 where CUDA is asked for and missing. Switches TF32 off."""
-    torch.set_float32_matmul_precision("highest")  # float32 is float32, for the critic above all
+    """`auto` is CUDA where there is one. Switches TF32 off: float32 is float32, for the critic above all."""
+    torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     if name == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: torch finds no CUDA device here; use --device cpu or auto")
@@ -908,10 +889,9 @@ class Dataset:
         self.returns = np.add.reduceat(self.rewards, self.starts, dtype=np.float64)  # (E,) undiscounted
         self.obs_mean = torch.as_tensor(self.observations.mean(axis=0, dtype=np.float64), dtype=torch.float32)
         self.obs_std = torch.as_tensor(self.observations.std(axis=0, dtype=np.float64) + 1e-6, dtype=torch.float32)
-        sha256 = hashlib.sha256(str(self.observations.shape).encode())
-        for x in (self.observations, self.actions, self.rewards, self.terminals, self.ends):
-            sha256.update(np.ascontiguousarray(x).data)
-        self.digest = sha256.hexdigest()[:16]
+        arrays = (self.observations, self.actions, self.rewards, self.terminals, self.ends)
+        digests = [hashlib.sha256(np.ascontiguousarray(x)).digest() for x in arrays]
+        self.digest = hashlib.sha256(b"".join(digests)).hexdigest()[:16]
 
     def returns_to_go(self) -> np.ndarray:
         """(N,) raw, undiscounted: sum of r_i from each transition to the end of its episode."""

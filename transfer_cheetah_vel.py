@@ -2,35 +2,32 @@
 
     python transfer_cheetah_vel.py --env halfcheetah-medium-expert-v2
 
-HalfCheetah-Vel asks for a velocity v: 200 steps, reward -|v_t - v| + c_t with c_t = -0.05 |a_t|^2. The policy was trained
-for HalfCheetah's return and is not trained further; the only thing that tells it v is its return-to-go:
+HalfCheetah-Vel gives a target velocity v: 200 steps, reward -|v_t - v| + c_t with c_t = -0.05 |a_t|^2. The policy was
+trained on HalfCheetah's return and is not trained further; only its return-to-go (RTG) tells it v:
 
-    calibrate         RTG_min, RTG_max: of some requests around 1000 v, the best at the lowest and at the highest velocity
-    rtg_of            RTG(v): linear between the two
-    training_reward   what the return-to-go falls by: v_t + c_t, the kind of reward that the policy was trained on
+    calibrate         RTG_min, RTG_max: of 40 candidates around 1000 v, the best at the lowest and at the highest v
+    two_point         RTG(v), the paper's: linear between the two
+    monotone          RTG(v), ours: a curve through the velocities that all those candidates realised
+    training_reward   what the RTG falls by: v_t + c_t, the kind of reward that the policy was trained on
 
-Writes transfer.json, .csv and .png beside the checkpoint: return, realised velocity and tracking error per velocity.
-Order of the file: Args, policy, checkpoints, the task, calibration, plot, main; then blocks shared with the other stages.
+Writes transfer.json, .csv and .png beside the checkpoint: return, realised velocity and tracking error per target
+velocity, and the return of standing still. --video adds a GIF.
 """
 
-import copy
-import csv
-import ctypes
 import difflib
-import hashlib
+import io
 import json
 import math
 import os
 import re
 import sys
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import gymnasium
-import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
@@ -39,14 +36,14 @@ import tyro
 from tqdm import tqdm
 
 
-@dataclass
+@dataclass(frozen=True)
 class Args:
     env: str | None = None
-    """name of the task, as in stage 2 (default: the checkpoint's, or halfcheetah-medium-expert-v2 without --checkpoint)"""
+    """name of the task, as in stage 2 (default: the checkpoint's, or halfcheetah-mini without --checkpoint)"""
     checkpoint: str = ""
-    """a policy.pt or policy_best.pt of stage 2 (default: policy.pt of the run that --env, --seed and --exp-name name)"""
+    """a policy.pt or policy_best.pt (default: policy.pt of the run that --env, --seed and --exp-name name)"""
     compare: tuple[str, ...] = ()
-    """further HalfCheetah checkpoints, each calibrated by itself in the same way, in the same table and picture"""
+    """further HalfCheetah checkpoints, each calibrated by itself, in the same table and plot"""
     seed: int = 1
     """seed of the run to transfer, and of the episodes"""
     runs_dir: str = "runs"
@@ -56,41 +53,31 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the policy runs; auto takes CUDA if there is one. The simulator uses all CPU cores"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """the transformer's arithmetic; auto: bfloat16 where the hardware has it"""
+    """arithmetic of the transformer's blocks; auto: bf16 where the hardware has it"""
     velocities: Literal["held-out", "grid"] | tuple[float, ...] = "held-out"
-    """targets, m/s: the benchmark's five held-out tasks, all its 40, or a list (outside 0.075 to 3 RTG is extrapolated)"""
+    """target velocities, m/s: the benchmark's five held-out tasks, all its 40 from 0.075 to 3, or a list"""
+    extended: bool = False
+    """Table E.15: 1,000 steps, calibrated at 1 and 12 m/s; velocities 1, 2, ..., 12 unless a list is given"""
     rollouts: int = 30
     """episodes per target velocity, none of them used for the calibration"""
-    calibration_budget: int = 40
-    """requests tried at the lowest and at the highest velocity each"""
+    calibration: tuple[Literal["two-point", "monotone"], ...] = ("two-point",)
+    """RTG(v): the paper's line, our curve, or both, from the same candidates (video: the first)"""
+    budgets: tuple[int, ...] = (40,)
+    """candidate RTGs at each end, evenly spaced; several are Table C.6 (plot and video: the first)"""
     calibration_width: float = 2000.0
-    """they are evenly spaced in 1000 v -+ this, raw return"""
+    """the candidates' interval is 1000 v -+ this, raw return"""
     calibration_rollouts: int = 5
-    """episodes per request tried"""
-    budgets: tuple[int, ...] = ()
-    """several calibration budgets instead, Table C.6: the same interval on coarser grids"""
-    extended: bool = False
-    """Table E.15: velocities 1, 2, ..., 12 m/s unless a list is given, calibrated at 1 and 12, in episodes of 1,000 steps"""
+    """episodes per candidate"""
+    video: tuple[float, ...] = ()
+    """also render up to 10 s of an episode for each of these target velocities, side by side (needs OpenGL)"""
+
+    def __post_init__(self):
+        check_args(self, {"rollouts": 1, "budgets": 2, "calibration_width": 1, "calibration_rollouts": 1})
+        if not (self.velocities and self.calibration and self.budgets):
+            raise ValueError("--velocities, --calibration, --budgets: name at least one")
 
 
-# ======== shared: policy (the same text in train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
-
-
-class CausalConv(nn.Module):
-    """Convolution over the token axis, window 6, left-padded by 5 zeros, one each for q, k and v (App. D.1)."""
-
-    def __init__(self, width: int, window: int = 6):
-        super().__init__()
-        self.window = window
-        self.conv = nn.Conv1d(3 * width, 3 * width, window, groups=3)  # holds the weights of forward's three conv2d
-
-    def forward(self, qkv, last: int):  # (B, T, 3D) -> q of the last tokens (B, last, D), k and v (B, T, D)
-        # (B, 3D, 1, T + 5) in memory is channels-last, the layout for which convolution libraries are fastest
-        x = F.pad(qkv, (0, 0, self.window - 1, 0)).transpose(1, 2).unsqueeze(2)
-        q, k, v = x.chunk(3, dim=1)
-        q = q[..., qkv.shape[1] - last :]
-        weights, biases = self.conv.weight.unsqueeze(2).chunk(3), self.conv.bias.chunk(3)
-        return [F.conv2d(*part).squeeze(2).transpose(1, 2) for part in zip((q, k, v), weights, biases)]
+# ======== shared: policy ========
 
 
 class Block(nn.Module):
@@ -98,20 +85,24 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, conv: bool, dropout: float):
         super().__init__()
-        self.heads, self.dropout = heads, Dropout(dropout)
+        self.heads, self.dropout = heads, nn.Dropout(dropout)
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.conv = CausalConv(width) if conv else None
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), Dropout(dropout))
+        # App. D.1: a convolution over the token axis, window 6, one each for q, k and v
+        self.conv = nn.Conv1d(3 * width, 3 * width, 6, groups=3) if conv else None
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
+        )
 
     def attend(self, x, keep, bias, last: int):  # (B, T, D), (B, T, 1), (B, 1, T, T) -> (B, last, D)
         # Padding must not leak: W_q, W_k, W_v have biases, so padded tokens are zeroed again before the convolution,
-        # which then sees the same zeros to the left of a short window as it would without any padding.
+        # which then sees to the left of a short window the same zeros as it would without any padding.
         qkv = self.qkv(x) * keep
-        q, k, v = self.conv(qkv, last) if self.conv else qkv.chunk(3, dim=-1)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q[:, -last:], k, v))  # (B, H, T, D / H)
-        # written out: with dropout and 60 tokens, faster than scaled_dot_product_attention
-        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        if self.conv:
+            qkv = self.conv(F.pad(qkv.transpose(1, 2), (5, 0))).transpose(1, 2)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in qkv.chunk(3, dim=-1))  # (B, H, T, D / H)
+        # written out: with dropout and 60 tokens this is faster than scaled_dot_product_attention
+        logits = (q[:, :, -last:] * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         weights = torch.softmax(logits.float().add_(bias[..., -last:, :]), dim=-1)
         y = self.dropout(weights.to(logits.dtype)) @ v
         return self.dropout(self.out(y.transpose(1, 2).flatten(-2)))
@@ -123,7 +114,6 @@ class Block(nn.Module):
 
 class Policy(nn.Module):
     """Decision Transformer over tokens (rtg_0, s_0, a_0, rtg_1, ...); heads rtg -> state, state -> action (App. D.1).
-    (The release predicts the next state from the action token instead, and does not mask padding.)
 
     Call with rtg (B, K) normalised, obs (B, K, obs_dim) standardised, act (B, K, act_dim) in [-1, 1], timestep (B, K)
     int64 in [0, max_timestep) and valid (B, K) bool, False on the left padding; returns a_hat (B, K, act_dim) and
@@ -132,14 +122,14 @@ class Policy(nn.Module):
 
     def __init__(self, obs_dim, act_dim, embed_dim, n_layer, n_head, max_timestep, conv=True, dropout=0.1, bf16=False):
         super().__init__()
-        self.bf16, self.dropout = bf16, Dropout(dropout)
+        self.bf16, self.dropout = bf16, nn.Dropout(dropout)
         self.embed_rtg, self.embed_obs, self.embed_act = (nn.Linear(n, embed_dim) for n in (1, obs_dim, act_dim))
         self.embed_time = nn.Embedding(max_timestep, embed_dim)
         self.norm_in, self.norm_out = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
         self.blocks = nn.ModuleList(Block(embed_dim, n_head, conv, dropout) for _ in range(n_layer))
         self.action_head, self.state_head = nn.Linear(embed_dim, act_dim), nn.Linear(embed_dim, obs_dim)
         for module in self.modules():  # GPT-2's initialisation
-            if isinstance(module, (nn.Linear, nn.Embedding)):
+            if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
@@ -157,47 +147,227 @@ class Policy(nn.Module):
         T, device = 3 * rtg.shape[1], rtg.device
         keep = valid.repeat_interleave(3, dim=1)  # (B, T)
         causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-        # a padded query looks at itself, so that no row of the softmax is empty; no valid query looks at padding
+        # a padded query attends to itself, so that no row of the softmax is empty; no valid query attends to padding
         mask = causal & (keep[:, None, None, :] | torch.eye(T, dtype=torch.bool, device=device))  # (B, 1, T, T)
         bias = torch.zeros(mask.shape, device=device).masked_fill(~mask, -math.inf)
+        # embeddings and heads in float32: in bfloat16 an RTG of 3.000 and one of 3.005 would be the same number
+        time = self.embed_time(timestep)
+        tokens = (self.embed_rtg(rtg[..., None]) + time, self.embed_obs(obs) + time, self.embed_act(act) + time)
+        x = self.dropout(self.norm_in(torch.stack(tokens, dim=2).flatten(1, 2)))  # rtg_0, s_0, a_0, rtg_1, ...
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            time = self.embed_time(timestep)
-            tokens = (self.embed_rtg(rtg[..., None]) + time, self.embed_obs(obs) + time, self.embed_act(act) + time)
-            x = self.norm_in(torch.stack(tokens, dim=2).flatten(1, 2))  # rtg_0, s_0, a_0, rtg_1, ...
-            x = self.dropout(x)
             for i, block in enumerate(self.blocks, 1):
                 x = block(x, keep[..., None], bias, last if i == len(self.blocks) else T)
-        # the heads run in float32: Eq. 5 looks at small differences between actions
         return self.norm_out(x.float())
 
 
-def make_policy(task: "Task", cfg: dict, bf16: bool) -> Policy:
-    """The policy that a resolved configuration describes (randomly initialised from torch's global generator)."""
-    return Policy(
-        task.obs_dim,
-        task.act_dim,
-        cfg["embed_dim"],
-        cfg["n_layer"],
-        cfg["n_head"],
-        cfg["max_timestep"],
-        cfg["conv"],
-        bf16=bf16,
-    )
+def make_policy(task: "Task", config: dict, bf16: bool) -> Policy:
+    """The policy that a checkpoint's configuration describes (randomly initialised from torch's global generator)."""
+    sizes = (config[name] for name in ("embed_dim", "n_layer", "n_head", "max_timestep", "conv"))
+    return Policy(task.obs_dim, task.act_dim, *sizes, bf16=bf16)
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:
-    """`auto` is bfloat16 where the hardware multiplies it: on CUDA and on CPUs with AMX or AVX-512's bf16."""
+    """Whether the blocks run in bfloat16; `auto`: where the hardware multiplies it, as CUDA, AMX and AVX-512 can."""
     if precision == "auto" and device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "auto":
-        cpu = getattr(torch.cpu, "get_capabilities", dict)()
+        cpu = torch.cpu.get_capabilities()
         return cpu.get("amx_bf16", False) or cpu.get("avx512_bf16", False)
     return precision == "bf16"
 
 
 # ======== end of shared: policy ========
 
-# ======== shared: results (the same text in evaluate_alignment.py, transfer_cheetah_vel.py) ========
+# ======== shared: critic ========
+
+
+class MLP(nn.Module):
+    """n independent networks, computed side by side: three hidden layers (App. D.1), Mish (release), linear output.
+
+    The critic is two of them: call with obs (..., obs_dim) standardised and act (..., act_dim); returns (n, ...), the
+    discounted raw return. Always float32, TF32 off: the alignment signal is a small difference of two large numbers.
+    """
+
+    def __init__(self, n: int, inputs: int, width: int):
+        super().__init__()
+        sizes = [(inputs, width), (width, width), (width, width), (width, 1)]
+        uniform = [(torch.empty(n, i, o), torch.empty(n, 1, o), i**-0.5) for i, o in sizes]  # as in nn.Linear
+        self.weights = nn.ParameterList(weight.uniform_(-bound, bound) for weight, _, bound in uniform)
+        self.biases = nn.ParameterList(bias.uniform_(-bound, bound) for _, bias, bound in uniform)
+
+    def forward(self, *inputs):
+        x = torch.cat(inputs, dim=-1)
+        rows = x.shape[:-1]
+        x = x.reshape(-1, x.shape[-1]).expand(len(self.weights[0]), -1, -1)  # (n, rows, inputs)
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
+            x = F.mish(torch.baddbmm(bias, x, weight))
+        return torch.baddbmm(self.biases[-1], x, self.weights[-1]).view(-1, *rows)
+
+
+# ======== end of shared: critic ========
+
+
+COST = 0.05  # of |a|^2 in HalfCheetah-Vel; HalfCheetah-v4 has 0.1
+GRID = tuple(round(0.075 * k, 3) for k in range(1, 41))  # the benchmark's 40 tasks
+HELD_OUT = (0.225, 0.6, 1.2, 1.8, 2.025)  # its test tasks in Prompt-DT's and MACAW's split
+EXTENDED = tuple(float(v) for v in range(1, 13))  # Table E.15
+STEPS, EXTENDED_STEPS = 200, 1000  # of an episode
+
+
+def training_reward(velocity: np.ndarray, action: np.ndarray) -> np.ndarray:
+    """r_bar = v_t + c_t (App. C): velocities (m,) in m/s, actions (m, act_dim) -> (m,)."""
+    return velocity - COST * np.square(action).sum(axis=1)
+
+
+def episodes(trained: "Trained", v: np.ndarray, rtg: np.ndarray, seeds: np.ndarray, steps: int, what: str):
+    """Roll out n pairs of target velocity (m/s) and initial RTG (raw), each in the same m episodes of HalfCheetah-Vel.
+
+    Returns the episodes' returns, realised velocities and tracking errors (mean |v_t - v|, m/s), each (n, m).
+    """
+    m, n = len(seeds), len(rtg)
+    result = rollout(trained, np.repeat(rtg, m), np.tile(seeds, n), steps, what, training_reward)
+    error = np.abs(result.velocities - np.repeat(v, m)[:, None])  # (n m, steps)
+    reward = result.rewards - result.velocities - error  # c_t - |v_t - v|, as the rollout's are v_t + c_t
+    return (x.reshape(n, m) for x in (reward.sum(axis=1), result.velocity, error.mean(axis=1)))
+
+
+def calibrate(trained: "Trained", v: float, budget: int, width: float, seeds: np.ndarray, steps: int) -> dict:
+    """App. C, at one end v of the velocities: candidate RTGs, what each achieves, and the one of the best mean return.
+
+    (Their grid, the episodes for each, and that the paper's 40 are 40 at each end, are our reading.)
+    """
+    candidates = np.linspace(1000 * v - width, 1000 * v + width, budget)  # 1000: steps of a training episode
+    returns, realised, _ = episodes(trained, np.full(budget, v), candidates, seeds, steps, f"calibration at {v:g} m/s")
+    returns, realised = returns.mean(axis=1), realised.mean(axis=1)
+    achieved = {"rtg": candidates.tolist(), "return_mean": returns.tolist(), "velocity_mean": realised.tolist()}
+    return {"velocity": v, "best_rtg": float(candidates[returns.argmax()])} | achieved
+
+
+def two_point(v, low: dict, high: dict) -> np.ndarray:
+    """App. C: RTG(v), raw, linear through (v_min, RTG_min) and (v_max, RTG_max), also outside of them."""
+    slope = (high["best_rtg"] - low["best_rtg"]) / (high["velocity"] - low["velocity"])
+    return low["best_rtg"] + slope * (np.asarray(v) - low["velocity"])
+
+
+def monotone(v, low: dict, high: dict) -> np.ndarray:
+    """Not the paper's: RTG(v), raw, where the realised velocity is no straight line in RTG.
+
+    Isotonic regression: the rising staircase that is closest to the realised velocities of all candidates. RTG(v)
+    interpolates between the middles of its steps, and is constant below the first step and above the last.
+    """
+    from scipy.optimize import isotonic_regression  # imported here: it takes a while
+
+    rtg, realised = (np.array(low[name] + high[name]) for name in ("rtg", "velocity_mean"))
+    order = np.argsort(rtg)
+    stairs = isotonic_regression(realised[order])
+    middles = [rtg[step].mean() for step in np.split(order, stairs.blocks[1:-1])]
+    return np.interp(v, stairs.x[stairs.blocks[:-1]], middles)
+
+
+RTG_OF = {"two-point": two_point, "monotone": monotone}
+
+
+def transfer(trained: "Trained", velocities: np.ndarray, v_range, steps: int, args: Args) -> dict:
+    """Calibrate one checkpoint and test it in other episodes: the record that transfer.json holds."""
+    seeds = np.random.SeedSequence(args.seed).generate_state(args.calibration_rollouts + args.rollouts) >> 1
+    seeds, test_seeds = np.split(seeds, [args.calibration_rollouts])
+    results = []
+    for budget in args.budgets:
+        ends = [calibrate(trained, v, budget, args.calibration_width, seeds, steps) for v in v_range]
+        for name in args.calibration:
+            rtg, what = RTG_OF[name](velocities, *ends), f"{name} calibration, budget {budget}"
+            returns, realised, errors = episodes(trained, velocities, rtg, test_seeds, steps, what)
+            columns = {"velocity": velocities, "rtg": rtg, "velocity_mean": realised.mean(axis=1)}
+            columns |= {"velocity_std": realised.std(axis=1), "tracking_error": errors.mean(axis=1)}
+            columns |= {"return_mean": returns.mean(axis=1), "return_std": returns.std(axis=1)}
+            columns |= {"return_max": returns.max(axis=1), "standing_still": -steps * velocities}  # v_t and a_t are 0
+            rows = [dict(zip(columns, row)) for row in zip(*(x.tolist() for x in columns.values()))]
+            means = {k: float(columns[k].mean()) for k in ("return_mean", "standing_still", "tracking_error")}
+            results.append({"calibration": name, "budget": budget} | means | {"velocities": rows, "ends": ends})
+    data = trained.content["episode_returns"]
+    return trained.identity() | {"data_returns": [float(data.min()), float(data.max())], "results": results}
+
+
+def plot(records: list[dict], title: str):
+    """Realised against target velocity; RTG(v) through the candidates of the calibration."""
+    figure, (left, right) = new_figure(1, 2, figsize=(11, 4.6))
+    for i, record in enumerate(records):
+        ends, budget = record["results"][0]["ends"], record["results"][0]["budget"]
+        for result in (one for one in record["results"] if one["budget"] == budget):
+            look = dict(color=f"C{i}", linestyle={"two-point": "-", "monotone": ":"}[result["calibration"]])
+            columns = ("velocity", "rtg", "velocity_mean", "velocity_std")
+            v, rtg, mean, std = ([row[name] for row in result["velocities"]] for name in columns)
+            label = f"{label_of(record)}, {result['calibration']}"
+            left.errorbar(v, mean, std, marker="o", capsize=2, label=label, **look)
+            right.plot(rtg, v, **look)
+        for end in ends:
+            right.plot(end["rtg"], end["velocity_mean"], ".", color=f"C{i}")
+            right.plot(end["best_rtg"], end["velocity"], "*", markersize=12, color=f"C{i}")
+    left.plot(v, v, "--", color="0.5", linewidth=1, label="realised = target")
+    left.set(xlabel="target velocity (m/s)", ylabel="realised velocity (m/s; bar: one std over episodes)")
+    left.legend(fontsize="small")
+    right.axvspan(*records[0]["data_returns"], color="0.92", zorder=0)
+    right.set(xlabel="RTG (raw; grey: returns of the data, outside it is extrapolation)", ylabel="velocity (m/s)")
+    right.set_title("lines: RTG(v); dots: realised by the candidates; stars: best candidates", fontsize="small")
+    figure.suptitle(title, fontsize="small")
+    return figure
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    device = pick_device(args.device)
+    name = args.env or ("" if args.checkpoint else "halfcheetah-mini")
+    default = Path(args.runs_dir) / f"{name}__{args.exp_name}__{args.seed}" / "policy.pt"
+    path = Path(args.checkpoint) if args.checkpoint else default
+    if name:
+        parse_env(name)  # exits 2 on an unknown one
+    every = [load_policy(Path(p), args.precision, device) for p in (path, *args.compare)]
+    if name and name != every[0].task.name:
+        fail(f"{path} was trained on --env {every[0].task.name}, not {name}")
+    for one in every:
+        if one.task.body != "halfcheetah":
+            fail(f"{one.path} is a policy of {one.task.body}; HalfCheetah-Vel needs one of halfcheetah")
+    if not os.access(path.parent, os.W_OK):
+        fail(f"{path.parent}: cannot write there; copy the checkpoint to a folder of your own")
+    renderer = make_renderer(every[0].task.env_id) if args.video else None
+
+    tasks, steps = (EXTENDED, EXTENDED_STEPS) if args.extended else (GRID, STEPS)
+    named = {"held-out": EXTENDED if args.extended else HELD_OUT, "grid": tasks}
+    velocities = np.array(named.get(args.velocities, args.velocities))
+    records = [transfer(one, velocities, (tasks[0], tasks[-1]), steps, args) for one in every]
+    rows = []
+    for record in records:
+        for result in record["results"]:
+            which = {k: record[k] for k in ("checkpoint", "seed")} | {k: result[k] for k in ("calibration", "budget")}
+            rows += [which | row for row in result["velocities"]]
+            ends = ", ".join(f"RTG {end['best_rtg']:.0f} at {end['velocity']:g} m/s" for end in result["ends"])
+            print(f"\n{record['checkpoint']}: best of {result['budget']} candidates {ends}")
+            print(
+                f"{result['calibration']} calibration: mean return {result['return_mean']:.1f} (standing still "
+                f"{result['standing_still']:.1f}), mean tracking error {result['tracking_error']:.2f} m/s"
+            )
+            columns = [k for k in result["velocities"][0] if not k.endswith("std")]
+            print("".join(f"{k:>15}" for k in columns))
+            for row in result["velocities"]:
+                print("".join(f"{row[k]:15.3f}" for k in columns))
+    setting = {"steps": steps, "rollouts": args.rollouts, "episode_seed": args.seed, "device": device.type}
+    setting |= {"calibration_rollouts": args.calibration_rollouts, "calibration_width": args.calibration_width}
+    result = setting | records[0] | ({"compare": records[1:]} if args.compare else {})
+    stem = path.parent / f"transfer{'_extended' * args.extended}{'_best' * (path.name == 'policy_best.pt')}"
+    title = f"HalfCheetah-Vel, {steps} steps, zero-shot; trained on {every[0].content['data']['label']}"
+    write_results(stem, result, rows, plot(records, f"{title}\n{args.rollouts} rollouts per target velocity"))
+    print(f"\n{stem}.json, .csv, .png")
+    if args.video:
+        first = records[0]["results"][0]
+        rtg = RTG_OF[first["calibration"]](args.video, *first["ends"])
+        captions = [f"target {v:g} m/s" for v in args.video]
+        seeds = [args.seed] * len(rtg)
+        film = video(every[0], rtg, captions, seeds, steps, renderer, reward_function=training_reward)
+        write_file(stem.with_suffix(".gif"), film)
+        print(f"one episode per target velocity: {stem}.gif")
+
+
+# ======== shared: results ========
 
 
 class Trained(NamedTuple):
@@ -206,262 +376,187 @@ class Trained(NamedTuple):
     path: Path
     task: "Task"
     policy: Policy
+    critic: nn.Module | None  # None where there was no alignment loss
     content: dict  # everything that the file holds
 
     def identity(self) -> dict:
         """What result files say of a checkpoint."""
-        cfg = self.content["config"]
-        return {
-            "checkpoint": str(self.path), "env": self.task.name, "trained_on": self.content["data"], "seed": cfg["seed"],
-            "step": self.content["step"], "total_steps": cfg["total_steps"], "lambda_e": cfg["lambda_e"], "conv": cfg["conv"],
-        }  # fmt: skip
+        config, step = self.content["config"], self.content["step"]
+        names = {name: config[name] for name in ("seed", "total_steps", "lambda_e", "conv", "state_loss")}
+        method = method_of(config["lambda_e"], config["conv"], config["state_loss"])
+        trained_on = {"env": self.task.name, "trained_on": self.content["data"]}
+        return {"checkpoint": str(self.path), "method": method, "step": step} | trained_on | names
+
+
+def method_of(lambda_e: float, conv: bool, state_loss: bool) -> str:
+    """The project's name of a variant; "DT" is Chen et al.'s Decision Transformer."""
+    if lambda_e > 0 and conv:
+        return "Q-Align DT"
+    return "DT" + " + state loss" * state_loss + " + conv" * conv + " + alignment" * (lambda_e > 0)
+
+
+def label_of(record: dict) -> str:
+    best = ", best checkpoint" if Path(record["checkpoint"]).name == "policy_best.pt" else ""
+    return f"{record['method']}, seed {record['seed']}{best}"
 
 
 def load_policy(path: Path, precision: str, device: torch.device) -> Trained:
     """Read a stage 2 checkpoint; exits 2 if it is anything else."""
-    content = load_checkpoint(path, "train_qalign_dt")
+    content, critic = load_checkpoint(path, "train_qalign_dt"), None
     try:
-        task, cfg = parse_env(content["env"]), content["config"]
-        policy = make_policy(task, cfg, use_bf16(precision, device))
+        task, config = parse_env(content["env"]), content["config"]
+        policy = make_policy(task, config, use_bf16(precision, device))
         policy.load_state_dict(content["policy"])
-    except (KeyError, TypeError, RuntimeError):
-        fail(f"{path}: its weights do not have the shapes its configuration says; train it again")
-    return Trained(path, task, policy.to(device).eval(), content)
+        if config["lambda_e"] > 0:
+            critic = MLP(2, task.obs_dim + task.act_dim, config["critic_width"])
+            critic.load_state_dict(content["critic"])
+            critic = critic.to(device)
+        found = Trained(path, task, policy.to(device).eval(), critic, content)
+        found.identity()
+        if not (len(content["episode_returns"]) and all(p.isfinite().all() for p in policy.parameters())):
+            raise ValueError("weights that are not finite")
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        fail(f"{path}: not a whole checkpoint ({one_line(error)}); train it again")
+    if content["step"] < config["total_steps"]:
+        print(f"note: {path} is at step {content['step']:,} of {config['total_steps']:,}")
+    return found
 
 
-def curve_label(record: dict) -> str:
-    """How a curve is called: method and seed."""
-    method = {
-        (True, True): "Q-Align DT",
-        (True, False): "DT + alignment",
-        (False, True): "DT + conv",
-        (False, False): "DT",
-    }[record["lambda_e"] > 0, record["conv"]]
-    best = ", best checkpoint" if Path(record["checkpoint"]).name == "policy_best.pt" else ""
-    return f"{method}, seed {record['seed']}{best}"
-
-
-def write_results(folder: Path, stem: str, result: dict, rows: list[dict], draw) -> list[Path]:
-    """Write <stem>.json, .csv (of rows) and .png (by draw(file)) into folder: all whole, or none."""
-    files = [folder / f"{stem}.{kind}" for kind in ("json", "csv", "png")]
-    temporary = [f"{file}.{os.getpid()}.tmp" for file in files]
-    with open(temporary[0], "w") as f:
-        f.write(json.dumps(result, indent=2, allow_nan=False) + "\n")
-    with open(temporary[1], "w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-    draw(temporary[2])
-    for name, file in zip(temporary, files):
-        os.replace(name, file)
-    return files
-
-
-# ======== end of shared: results ========
-
-
-COST = 0.05  # of |a|^2 in HalfCheetah-Vel; HalfCheetah-v4 has 0.1
-GRID = tuple(round(0.075 * k, 3) for k in range(1, 41))  # the benchmark's 40 tasks, 0.075 to 3 m/s
-HELD_OUT = (0.225, 0.6, 1.2, 1.8, 2.025)  # Prompt-DT's and MACAW's test tasks
-STEPS = 200  # of an episode
-EXTENDED, EXTENDED_STEPS = tuple(float(v) for v in range(1, 13)), 1000
-
-
-def training_reward(velocity: np.ndarray, action: np.ndarray) -> np.ndarray:
-    """r_bar = v_t + c_t (App. C): velocities (m,) in m/s, actions (m, act_dim) -> (m,)."""
-    return velocity - COST * np.square(action).sum(axis=1)
-
-
-def vel_returns(rollouts: "Rollouts", target: np.ndarray) -> np.ndarray:
-    """Return of HalfCheetah-Vel, the sum of -|v_t - v| + c_t, for each rollout (n,) and its target v (n,)."""
-    cost = rollouts.rewards - rollouts.velocities  # c_t, as r_bar = v_t + c_t
-    return (cost - np.abs(rollouts.velocities - target[:, None])).sum(axis=1)
-
-
-def rtg_of(velocity, v_range: tuple[float, float], rtg_range: tuple[float, float]):
-    """RTG(v) of App. C: linear through (v_min, RTG_min) and (v_max, RTG_max); raw return."""
-    (v_min, v_max), (rtg_min, rtg_max) = v_range, rtg_range
-    return rtg_min + (np.asarray(velocity) - v_min) / (v_max - v_min) * (rtg_max - rtg_min)
-
-
-def track(trained: Trained, rtg: np.ndarray, seeds: np.ndarray, steps: int, what: str) -> "Rollouts":
-    """One episode of `steps` steps for each raw initial return-to-go (n,) and reset seed (n,), all as one batch."""
-    content = trained.content
-    K, obs_stats = content["config"]["context_len"], (content["obs_mean"], content["obs_std"])
-    with tqdm(total=steps, unit="step", desc=what, dynamic_ncols=True) as bar:
-        return rollout(
-            trained.policy, trained.task, rtg, seeds, K, *obs_stats, bar=bar, horizon=steps, reward_function=training_reward
-        )  # fmt: skip
-
-
-def calibrate(
-    trained: Trained, budgets, v_range, width: float, rollouts: int, seeds: np.ndarray, steps: int
-) -> list[list[dict]]:
-    """For each budget, at v_min and at v_max: the requests tried, their mean returns in HalfCheetah-Vel, and the best one.
-
-    Every request is tried in the same episodes, seeds (rollouts,). The requests of all budgets run as one batch.
-    """
-    tried = [(v, np.linspace(1000 * v - width, 1000 * v + width, budget)) for budget in budgets for v in v_range]
-    rtg = np.repeat(np.concatenate([candidates for _, candidates in tried]), rollouts)
-    target = np.repeat(np.concatenate([np.full(len(candidates), v) for v, candidates in tried]), rollouts)
-    result = track(trained, rtg, np.tile(seeds, len(rtg) // rollouts), steps, f"calibration, {len(rtg)} rollouts")
-    means = vel_returns(result, target).reshape(-1, rollouts).mean(axis=1)
-    curves = []
-    for v, candidates in tried:
-        mine, means = means[: len(candidates)], means[len(candidates) :]
-        best = float(candidates[mine.argmax()])
-        curves.append({"velocity": v, "rtg": candidates.tolist(), "return_mean": mine.tolist(), "best_rtg": best})
-    return [curves[i : i + 2] for i in range(0, len(curves), 2)]
-
-
-def transfer(trained: Trained, velocities: np.ndarray, v_range, steps: int, args: Args) -> dict:
-    """Calibrate one checkpoint and measure it in fresh episodes: the record that transfer.json holds."""
-    budgets = args.budgets or (args.calibration_budget,)
-    seeds = np.random.SeedSequence(args.seed).generate_state(args.calibration_rollouts + args.rollouts) >> 1
-    calibration, fresh = seeds[: args.calibration_rollouts], seeds[args.calibration_rollouts :]
-    curves = calibrate(trained, budgets, v_range, args.calibration_width, args.calibration_rollouts, calibration, steps)
-    asked = np.stack([rtg_of(velocities, v_range, (low["best_rtg"], high["best_rtg"])) for low, high in curves])
-    rtg = np.repeat(asked.ravel(), args.rollouts)  # (budgets * velocities * rollouts,)
-    target = np.repeat(np.tile(velocities, len(budgets)), args.rollouts)
-    shape = (len(budgets), len(velocities), args.rollouts)
-    result = track(trained, rtg, np.tile(fresh, shape[0] * shape[1]), steps, f"transfer, {len(rtg)} rollouts")
-    returns, realised = vel_returns(result, target).reshape(shape), result.velocity.reshape(shape)
-    error = np.abs(result.velocities - target[:, None]).mean(axis=1).reshape(shape)
-    record = trained.identity() | {"budgets": []}
-    for b, (budget, (low, high)) in enumerate(zip(budgets, curves)):
-        rows = [
-            {
-                "velocity": float(v), "rtg": float(asked[b, i]), "return_mean": float(returns[b, i].mean()),
-                "return_std": float(returns[b, i].std()), "return_max": float(returns[b, i].max()),
-                "velocity_mean": float(realised[b, i].mean()), "velocity_std": float(realised[b, i].std()),
-                "tracking_error": float(error[b, i].mean()),
-            }
-            for i, v in enumerate(velocities)
-        ]  # fmt: skip
-        record["budgets"].append({
-            "budget": budget, "rtg_min": low["best_rtg"], "rtg_max": high["best_rtg"], "calibration": [low, high],
-            "return_mean": float(returns[b].mean()), "tracking_error": float(error[b].mean()), "velocities": rows,
-        })  # fmt: skip
-    return record
-
-
-def plot(records: list[dict], title: str, file: str) -> None:
-    """Realised against target velocity with the diagonal; the calibration curves of both ends. Of the largest budget."""
+def new_figure(*shape, **options):
+    """Matplotlib's figure and axes, without a screen."""
     import matplotlib  # imported here: it takes a while
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    for i, record in enumerate(records):
-        largest, label = max(record["budgets"], key=lambda one: one["budget"]), curve_label(record)
-        v, mean, std = (
-            np.array([row[k] for row in largest["velocities"]]) for k in ("velocity", "velocity_mean", "velocity_std")
-        )
-        left.errorbar(v, mean, std, marker="o", markersize=4, capsize=2, color=f"C{i}", label=label)
-        for curve, style in zip(largest["calibration"], ("--", "-")):
-            right.plot(
-                curve["rtg"], curve["return_mean"], style, color=f"C{i}", marker=".", label=f"{label}, {curve['velocity']:g} m/s"
-            )  # fmt: skip
-            right.plot(curve["best_rtg"], max(curve["return_mean"]), "*", markersize=12, color=f"C{i}")
-    span = [v.min(), v.max()]
-    left.plot(span, span, "--", color="0.5", linewidth=1, label="realised = target")
-    left.set_xlabel("target velocity (m/s)")
-    left.set_ylabel("realised velocity (m/s; bar: one std over episodes)")
-    right.set_xlabel("requested return (raw), star: the best")
-    right.set_ylabel(f"return in HalfCheetah-Vel, {largest['budget']} requests tried per end")
-    for axes in (left, right):
-        axes.legend(fontsize="small")
-        axes.grid(alpha=0.3)
-    figure.suptitle(title, fontsize="small")
-    figure.savefig(file, format="png", dpi=110)
-    plt.close(figure)
+    figure, axes = plt.subplots(*shape, layout="constrained", **options)
+    for one in axes:
+        one.grid(alpha=0.3)
+    return figure, axes
 
 
-def check(args: Args) -> np.ndarray:
-    """The target velocities; exits 2 on a value that cannot work."""
-    check_seed(args.seed)
-    for budget in (args.calibration_budget, *args.budgets):
-        if budget < 2:
-            fail(
-                f"a calibration budget of {budget}: at least 2 requests must be tried (--calibration-budget, --budgets)"
-            )
-    if args.rollouts < 1 or args.calibration_rollouts < 1:
-        fail("--rollouts and --calibration-rollouts must be at least 1")
-    if not 0 < args.calibration_width < np.inf:
-        fail(f"--calibration-width {args.calibration_width:g}: must be positive and finite")
-    named = {"held-out": EXTENDED if args.extended else HELD_OUT, "grid": EXTENDED if args.extended else GRID}
-    velocities = named[args.velocities] if isinstance(args.velocities, str) else args.velocities
-    for v in velocities:
-        if not 0 <= v < np.inf:
-            fail(f"--velocities {v:g}: a target velocity must be finite and not negative")
-    if not velocities:
-        fail("--velocities: name at least one, or held-out, or grid")
-    return np.array(velocities, dtype=np.float64)
-
-
-def main() -> None:
-    sys.stdout.reconfigure(line_buffering=True)
-    args = tyro.cli(Args, description=__doc__)
-    keep_freed_memory()
-    velocities, device = check(args), pick_device(args.device)
-    task = parse_env(args.env or "halfcheetah-medium-expert-v2") if args.env or not args.checkpoint else None
-    path = (
-        Path(args.checkpoint)
-        if args.checkpoint
-        else Path(args.runs_dir) / f"{task.name}__{args.exp_name}__{args.seed}" / "policy.pt"
-    )
-    trained = [load_policy(Path(p), args.precision, device) for p in (path, *args.compare)]
-    if task and task.name != trained[0].task.name:
-        fail(f"{path} was trained on --env {trained[0].task.name}, not {task.name}")
-    for one in trained:
-        if one.task.body != "halfcheetah":
-            fail(f"{one.path}: a policy of {one.task.body}; HalfCheetah-Vel needs one of halfcheetah")
-    folder, stem = path.parent, "transfer" + "_extended" * args.extended + "_best" * (path.name == "policy_best.pt")
-    if not os.access(folder, os.W_OK):
-        fail(f"{folder}: cannot write {stem}.json there; copy the checkpoint to a folder of your own")
-    for one in trained:
-        if not one.content.get("finished", True):
-            print(f"note: {one.path} is at step {one.content['step']:,} and not finished")
-
-    steps = EXTENDED_STEPS if args.extended else STEPS
-    v_range = (EXTENDED[0], EXTENDED[-1]) if args.extended else (GRID[0], GRID[-1])
-    records = [transfer(one, velocities, v_range, steps, args) for one in trained]
-    result = {
-        "steps": steps, "v_min": v_range[0], "v_max": v_range[1], "rollouts": args.rollouts,
-        "calibration_rollouts": args.calibration_rollouts, "calibration_width": args.calibration_width,
-        "episode_seed": args.seed, "device": device.type, "precision": "bf16" if trained[0].policy.bf16 else "fp32",
-    } | records[0]  # fmt: skip
-    if len(records) > 1:
-        result["compare"] = records[1:]
-    rows = [
-        {"checkpoint": record["checkpoint"], "seed": record["seed"], "budget": one["budget"]} | row
-        for record in records
-        for one in record["budgets"]
-        for row in one["velocities"]
+def write_results(stem: Path, result: dict, rows: list[dict], figure) -> None:
+    """<stem>.json, .csv (of rows) and .png."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    lines = [
+        ",".join(rows[0]),
+        *(",".join(f'"{x}"' if isinstance(x, str) else f"{x}" for x in r.values()) for r in rows),
     ]
-    label = result["trained_on"]["label"]
-    title = f"HalfCheetah-Vel, {steps} steps, zero-shot; trained on {label}\n{args.rollouts} rollouts per velocity"
-    files = write_results(folder, stem, result, rows, lambda file: plot(records, title, file))
-    for record in records:
-        for one in record["budgets"]:
-            print(
-                f"\n{record['checkpoint']}, {one['budget']} requests tried per end: RTG {one['rtg_min']:.0f} at {v_range[0]:g} m/s, "
-                f"{one['rtg_max']:.0f} at {v_range[1]:g} m/s; mean return {one['return_mean']:.1f}, "
-                f"tracking error {one['tracking_error']:.2f} m/s"
-            )
-            print("  target m/s      RTG   realised m/s    return (highest)   tracking error")
-            for row in one["velocities"]:
-                print(
-                    f"  {row['velocity']:10.3f} {row['rtg']:8.0f}   {row['velocity_mean']:5.2f} +- {row['velocity_std']:4.2f}"
-                    f"   {row['return_mean']:8.1f} ({row['return_max']:7.1f})   {row['tracking_error']:14.2f}"
-                )
-    print(f"\n{files[0]}, {files[1].name}, picture {files[2]}")
+    write_file(stem.with_suffix(".csv"), "\n".join([*lines, ""]).encode())
+    write_file(stem.with_suffix(".png"), picture.getvalue())
+    write_file(stem.with_suffix(".json"), (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
 
 
-# ======== shared: setup (the same text in collect_dataset.py, pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
+def make_renderer(env_id: str):
+    """MuJoCo's offscreen renderer; exits 2 where no OpenGL works."""
+    try:
+        import mujoco
 
-FORMAT = 3  # of the checkpoint files
+        with warnings.catch_warnings(action="ignore"):
+            return mujoco.Renderer(make_env(env_id).model, 200, 240)
+    except Exception as error:  # each OpenGL backend has kinds of its own
+        fail(f"--video: MuJoCo finds no OpenGL here ({one_line(error):.80}); without a screen, set MUJOCO_GL=egl")
+
+
+def video(trained: Trained, targets, captions, seeds, steps: int, renderer, **options) -> bytes:
+    """A GIF of one episode per raw target return, side by side, up to 10 s at 12 pictures a second in real time."""
+    import mujoco
+    from PIL import Image, ImageDraw
+
+    result = rollout(trained, targets, seeds, steps, "video", keep_qpos=True, **options)
+    env = make_env(trained.task.env_id)
+    stride, steps = max(1, round(0.08 / env.dt)), min(int(result.lengths.max()), round(10 / env.dt))
+    pictures = []
+    for t in range(0, steps, stride):
+        panels = []
+        for i, caption in enumerate(captions):
+            now = min(t, int(result.lengths[i]) - 1)
+            env.data.qpos[:], env.data.qvel[:] = result.qpos[i, now], 0
+            mujoco.mj_forward(env.model, env.data)
+            renderer.update_scene(env.data, camera="track")
+            panel = Image.fromarray(renderer.render())
+            state = f"ended at step {now + 1}" if t > now else f"{result.velocities[i, now]:.1f} m/s"
+            ImageDraw.Draw(panel).multiline_text((6, 4), f"{caption}\n{state}", fill=(255, 255, 255))
+            panels.append(np.asarray(panel))
+        pictures.append(Image.fromarray(np.concatenate(panels, axis=1)).quantize(48))
+    film, duration = io.BytesIO(), round(1000 * stride * env.dt)  # ms
+    pictures[0].save(film, "GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0)
+    return film.getvalue()
+
+
+# ======== end of shared: results ========
+
+# ======== shared: rollout ========
+
+
+class Rollouts(NamedTuple):
+    """n finished episodes, in the order of their targets; after an episode's end the per-step arrays hold NaN."""
+
+    returns: np.ndarray  # (n,) raw
+    lengths: np.ndarray  # (n,)
+    rewards: np.ndarray  # (n, T)
+    velocities: np.ndarray  # (n, T) forward, m/s
+    first_obs: torch.Tensor  # (n, obs_dim) standardised
+    first_act: torch.Tensor  # (n, act_dim)
+    qpos: np.ndarray | None  # (n, T, nq) MuJoCo's positions after each step, if asked for
+
+    @property
+    def velocity(self) -> np.ndarray:
+        """(n,) mean forward velocity, m/s."""
+        return np.nanmean(self.velocities, axis=1)
+
+
+@torch.no_grad()
+def rollout(trained, targets, seeds, horizon: int, what: str, reward_function=None, keep_qpos=False) -> Rollouts:
+    """Roll the policy out once per (raw target return, seed), all in lockstep as one batch.
+
+    The context is the last K steps, padded and masked as in training; the RTG token starts at target / rtg_scale and
+    falls by every reward, the environment's or reward_function(velocities (m,), actions (m, act_dim)). A rollout that
+    has ended leaves the batch.
+    """
+    policy, task, content = trained.policy, trained.task, trained.content
+    n, K, device = len(targets), content["config"]["context_len"], next(policy.parameters()).device
+    simulator, targets = Simulator(task.env_id, seeds), np.asarray(targets, dtype=np.float64)
+    obs_mean, obs_std = content["obs_mean"].to(device), content["obs_std"].to(device)
+    # histories start with K - 1 steps of padding, so that the context of step t is always [t, t + K)
+    rtg, obs, act = (
+        torch.zeros(n, horizon + K - 1, *size, device=device) for size in ((), obs_mean.shape, (task.act_dim,))
+    )
+    timestep = torch.arange(1 - K, horizon, device=device)
+    alive, returns, lengths = np.arange(n), np.zeros(n), np.zeros(n, dtype=np.int64)
+    rewards, velocities = np.full((2, n, horizon), np.nan)
+    qpos = np.full((n, horizon, simulator.model.nq), np.nan) if keep_qpos else None
+    observation = simulator.observe(alive)
+    for t in (bar := tqdm(range(horizon), unit="step", desc=what, dynamic_ncols=True)):
+        rows, now, window = torch.as_tensor(alive, device=device), t + K - 1, slice(t, t + K)
+        obs[rows, now] = (torch.as_tensor(observation, dtype=torch.float32, device=device) - obs_mean) / obs_std
+        left = (targets[alive] - returns[alive]) / task.rtg_scale
+        rtg[rows, now] = torch.as_tensor(left, dtype=torch.float32, device=device)
+        times = timestep[window].expand(len(alive), K)
+        action = policy.act(rtg[rows, window], obs[rows, window], act[rows, window], times.clamp(min=0), times >= 0)
+        act[rows, now] = action
+        action = action.cpu().numpy().astype(np.float64)
+        observation, reward, terminated, velocity = simulator.step(alive, action)
+        if reward_function is not None:
+            reward = reward_function(velocity, action)
+        returns[alive] += reward
+        lengths[alive] += 1
+        rewards[alive, t], velocities[alive, t] = reward, velocity
+        if keep_qpos:
+            qpos[alive, t] = simulator.qpos[alive]
+        alive, observation = alive[~terminated], observation[~terminated]
+        bar.set_postfix_str(f"{len(alive)} of {n} rollouts alive")
+        if len(alive) == 0:
+            break
+    return Rollouts(returns, lengths, rewards, velocities, obs[:, K - 1], act[:, K - 1], qpos)
+
+
+# ======== end of shared: rollout ========
+
+# ======== shared: setup ========
+
+FORMAT = 4  # of the checkpoint files
 HORIZON = 1000  # steps after which Gymnasium and D4RL cut an episode
 
 
@@ -471,54 +566,89 @@ def fail(message: str, code: int = 2):
     sys.exit(code)
 
 
-def check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**31:
-        fail(f"--seed {seed}: must be between 0 and 2**31 - 1")
+def one_line(error: BaseException) -> str:
+    return f"{' '.join(str(error).split()) or type(error).__name__:.300}"
 
 
-def save_checkpoint(path: Path, payload: dict) -> None:
-    """Write a checkpoint whole or not at all."""
-    torch.save(payload, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+def run(main) -> None:
+    """main(), where Ctrl-C (exit 130), NaN and errors of the system (exit 1: disk, memory, ...) are one line."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # None where it was closed
+        stream.reconfigure(line_buffering=True, errors="replace")
+        setattr(sys, name, stream)
+    try:
+        main()
+    except (KeyboardInterrupt, OSError, MemoryError, FloatingPointError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):  # how torch says that there is not enough
+            raise  # a bug
+        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error)
+        fail("; ".join([reason, *getattr(error, "__notes__", ())]), code=130 if reason == "interrupted" else 1)
+
+
+def check_args(args, lowest: dict) -> None:
+    """ValueError, which tyro reports, for a number outside lowest.get(name, 0) .. 1e9 or a bad --exp-name."""
+    if not re.fullmatch(r"\w[\w.-]*", args.exp_name, re.ASCII):
+        raise ValueError(f"--exp-name {args.exp_name!r}: letters, digits and . _ - only, a letter or digit first")
+    for name, value in vars(args).items():
+        for x in value if isinstance(value, tuple) else (value,):
+            if isinstance(x, int | float) and not lowest.get(name, 0) <= x <= 1e9:
+                raise ValueError(f"--{name.replace('_', '-')} {x}: must be between {lowest.get(name, 0):g} and 1e9")
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save(content | {"format": FORMAT}, buffer)
+    write_file(path, buffer.getbuffer())
 
 
 def load_checkpoint(path: Path, stage: str) -> dict:
     """Read a checkpoint of one stage onto the CPU, without unpickling; exits 2 on anything else."""
-    if not path.is_file():
-        fail(f"{path}: no such checkpoint")
     try:
-        with warnings.catch_warnings(action="ignore"):  # torch comments on foreign pickles; the line below is enough
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch raises a dozen kinds for truncated, foreign and pickled files
-        fail(f"{path}: not a readable checkpoint (truncated, or not written by {stage}.py)")
-    if not isinstance(checkpoint, dict) or checkpoint.get("stage") != stage:
-        found = checkpoint.get("stage") if isinstance(checkpoint, dict) else None
-        fail(f"{path}: a checkpoint of {found or 'something else'}, not of {stage}.py")
-    if checkpoint.get("format") != FORMAT:
-        fail(f"{path}: checkpoint format {checkpoint.get('format')}, this version reads {FORMAT}; train it again")
-    return checkpoint
+        with open(path, "rb") as f, warnings.catch_warnings(action="ignore"):  # torch comments on foreign pickles
+            if zipfile.ZipFile(f).testzip():  # torch itself does not verify the checksums
+                raise ValueError("damaged")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            if content["stage"] != stage or content["format"] != FORMAT:
+                fail(f"{path}: of {content['stage']}.py in format {content['format']}, not of {stage}.py in {FORMAT}")
+            return content
+    except OSError as error:
+        fail(f"{path}: {error.strerror or one_line(error)}")
+    except Exception:  # zipfile and torch raise a dozen kinds for truncated, foreign and pickled files
+        fail(f"{path}: damaged, or not a checkpoint of {stage}.py")
 
 
 # ======== end of shared: setup ========
 
-# ======== shared: task (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
+# ======== shared: task ========
 
 
-@dataclass(frozen=True)
-class Task:
-    """What a name <body>-<quality>-<tag> stands for. RTG ranges are normalised, targets and references raw returns."""
+class Task(NamedTuple):
+    """What a name <body>-<quality>-<tag> stands for; returns are raw unless something else is said."""
 
     name: str
     body: str
     quality: str
     tag: str
-    env_id: str | None  # Gymnasium's simulator; None: there is none, training only
+    env_id: str | None  # Gymnasium's environment; None: training only
     obs_dim: int
     act_dim: int
     ref_min: float  # D4RL's reference returns, of a random and of an expert policy
     ref_max: float
     rtg_scale: float
-    rtg_range: tuple[float, float]  # the release's, for D4RL data
+    rtg_range: tuple[float, float]  # normalised; the release's, for D4RL data
     high_targets: tuple[float, ...]  # the release's evaluation targets, for D4RL data
     critic_reward_shift: float = 0.0  # AntMaze: the critic sees r - 1, as in IQL
 
@@ -535,127 +665,51 @@ BODIES = {
     "antmaze": (None, 29, 8, 0.0, 1.0, 1.0, (0.0, 1.0), (0.8, 0.9, 1.0, 100.0), -1.0),
 }
 QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "expert")
-MAZES = {  # D4RL's file names
-    "umaze": "u-maze_noisy_multistart_False_multigoal_False",
-    "umaze-diverse": "u-maze_noisy_multistart_True_multigoal_True",
-    "medium-play": "big-maze_noisy_multistart_True_multigoal_False",
-    "medium-diverse": "big-maze_noisy_multistart_True_multigoal_True",
-    "large-play": "hardest-maze_noisy_multistart_True_multigoal_False",
-    "large-diverse": "hardest-maze_noisy_multistart_True_multigoal_True",
-}
+MAZES = ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")
 
 
 def parse_env(name: str) -> Task:
     """The task of an --env name; exits 2 on an unknown one, naming the closest."""
     body, _, rest = name.partition("-")
-    quality, _, tag = rest.rpartition("-")
-    known = MAZES if body == "antmaze" else (*QUALITIES, "mixed")  # "mixed": medium-replay's name before v2
-    names = [f"{b}-{q}-v2" for b in BODIES for q in (MAZES if b == "antmaze" else QUALITIES)] + ["hopper-mini"]
-    if rest == "mini" and body in BODIES and body != "antmaze":  # collect_dataset.py's, with the small preset
-        return Task(name, body, "mini", "mini", *BODIES[body])
-    # hopper-medium-expert would be quality medium, tag expert: the tag was forgotten
-    if (
-        body in BODIES
-        and f"{name}-v2" not in names
-        and re.fullmatch(r"[A-Za-z0-9_.]+", tag)
-        and quality in known
-        and (quality, tag) != ("mixed", "v2")
-    ):
-        return Task(name, body, quality, tag, *BODIES[body])
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
-    fail(
-        f"unknown --env {name!r}: did you mean {', '.join(close)}? "
-        "(<body>-<quality>-<tag>; any tag but v2 stands for your own data)"
-    )
+    quality, _, tag = rest.rpartition("-") if rest != "mini" else ("mini", "", "mini")
+    names = [f"{b}-{q}-v2" for b in BODIES for q in (MAZES if b == "antmaze" else QUALITIES)]
+    known = name in names or tag != "v2" and f"{name}-v2" not in names and re.fullmatch(r"\w[\w.]*", tag, re.ASCII)
+    if not known or body not in BODIES or quality not in (*MAZES, *QUALITIES, "mixed", "mini"):
+        close = difflib.get_close_matches(name, [*names, "hopper-mini", "halfcheetah-mini"], n=3, cutoff=0.0)
+        fail(f"unknown --env {name!r}: did you mean {', '.join(close)}? (any tag but v2 stands for your own data)")
+    return Task(name, body, quality, tag, *BODIES[body])
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one; exits 2 where CUDA is asked for and missing. Switches TF32 off."""
-    torch.set_float32_matmul_precision("highest")  # float32 is float32, for the critic above all
-    warnings.filterwarnings("ignore", message=".*TensorFloat32")  # torch.compile's advice to have it
-    warnings.filterwarnings("ignore", message=".*capturable=True")  # Adam's, on the steps before a CUDA graph
+    """`auto` is CUDA where there is one. Switches TF32 off: float32 is float32, for the critic above all."""
+    torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     if name == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: torch finds no CUDA device here; use --device cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def tensor_hash(tensors) -> str:
-    """First 16 hex digits of the SHA-256 of some arrays' or tensors' shapes and bytes."""
-    digest = hashlib.sha256()
-    for x in tensors:
-        x = np.ascontiguousarray(x)
-        digest.update(f"{x.shape}{x.dtype}".encode())
-        digest.update(x.view(np.uint8).data if x.size else b"")
-    return digest.hexdigest()[:16]
-
-
 # ======== end of shared: task ========
 
-# ======== shared: speed (the same text in pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout; on a CPU with 16 random bits an element instead of torch's 64, in a third to a half of its time."""
-
-    def forward(self, x):
-        if not self.training or x.is_cuda or torch.compiler.is_compiling():
-            return super().forward(x)
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        dropped = round(2**16 * self.p)  # of 65,536 values
-        keep = bits[: x.numel()].view(x.shape) >= dropped - 2**15
-        return x * (keep.to(x.dtype) / (1 - dropped / 2**16))
-
-
-class CPUMish(torch.autograd.Function):
-    """x tanh(softplus(x)) as x m / (2 - m) with m = s (2 - s), s = sigmoid(x): on a CPU 2 to 3 times torch's speed."""
-
-    @staticmethod
-    def forward(ctx, x):
-        s = torch.sigmoid(x)
-        m = s * (2 - s)
-        r = (2 - m).reciprocal_()
-        t = m.mul_(r)  # tanh(softplus(x)), whose derivative is s (2 (1 - s) r)^2
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(torch.addcmul(t, x, (1 - s).mul_(r).mul_(2).square_().mul_(s)))
-        return x * t
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return grad * ctx.saved_tensors[0]
-
-
-def mish(x: torch.Tensor) -> torch.Tensor:
-    """F.mish, of which CUDA and compilers make one kernel."""
-    return F.mish(x) if x.is_cuda or torch.compiler.is_compiling() else CPUMish.apply(x)
-
-
-def keep_freed_memory() -> None:
-    """Have glibc reuse freed memory: it returns large blocks to the kernel, and every step would fault them in again."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        # an older glibc refuses more than 32 MiB; the second setting alone would make things worse
-        if libc.mallopt(m_mmap_threshold, 2**30) or libc.mallopt(m_mmap_threshold, 2**25):
-            libc.mallopt(m_trim_threshold, 2**31 - 1)
-
-
-# ======== end of shared: speed ========
-
-# ======== shared: simulator (the same text in collect_dataset.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
-
-BODY_IDS = {"Hopper-v4": "hopper", "HalfCheetah-v4": "halfcheetah", "Walker2d-v4": "walker2d", "Ant-v4": "ant"}
+# ======== shared: environment ========
 
 
 def make_env(env_id: str):
-    """Gymnasium's v4 environment without its known warnings, and without MuJoCo's MUJOCO_LOG.TXT about them."""
+    """Gymnasium's environment without its time limit, its known warnings, and MuJoCo's MUJOCO_LOG.TXT about them."""
+    import mujoco  # imported here: a bad MUJOCO_GL stops it
+
     known = "'settotalmass' is deprecated"  # a remark on Gymnasium's half_cheetah.xml
-    mujoco.set_mju_user_warning(
-        lambda message: None if known in message else warnings.warn(f"MuJoCo: {message}", stacklevel=2)
-    )
+    mujoco.set_mju_user_warning(lambda text: None if known in text else warnings.warn(f"MuJoCo: {text}", stacklevel=2))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is out of date. You should consider upgrading to version `v5`")
         return gymnasium.make(env_id).unwrapped
+
+
+# ======== end of shared: environment ========
+
+# ======== shared: simulator ========
+
+BODY_IDS = {"Hopper-v4": "hopper", "HalfCheetah-v4": "halfcheetah", "Walker2d-v4": "walker2d", "Ant-v4": "ant"}
 
 
 class Simulator:
@@ -666,24 +720,23 @@ class Simulator:
     """
 
     def __init__(self, env_id: str, seeds):
-        self.env = env = make_env(env_id)
-        self.body, self.model, self.frame_skip, self.dt = BODY_IDS[env_id], env.model, env.frame_skip, env.dt
-        self.sims = [None] * len(seeds)
-        self.qpos, self.qvel = np.zeros((len(seeds), self.model.nq)), np.zeros((len(seeds), self.model.nv))
-        self.reset(range(len(seeds)), seeds)
-        self.threads = torch.get_num_threads()
-        self.pool = ThreadPoolExecutor(self.threads)
+        from mujoco.batch import Batch
+
+        self.env, self.body = make_env(env_id), BODY_IDS[env_id]
+        self.model, self.frame_skip, self.dt = self.env.model, self.env.frame_skip, self.env.dt
+        self.batch = Batch(self.model, len(seeds), nthread=torch.get_num_threads())
+        self.qpos, self.qvel, self.ctrl, self.xpos = map(self.batch.bind, ("qpos", "qvel", "ctrl", "xpos"))
+        self.reset(np.arange(len(seeds)), seeds)
 
     def reset(self, index, seeds) -> None:
         """Start some of the simulations anew, each with its seed."""
+        import mujoco
+
         for i, seed in zip(index, seeds):
             self.env.reset(seed=int(seed))
-            self.sims[i] = copy.copy(self.env.data)  # MjData copies itself whole
-            self.qpos[i], self.qvel[i] = self.sims[i].qpos, self.sims[i].qvel
-
-    def close(self) -> None:
-        self.pool.shutdown()
-        self.env.close()
+            mujoco.mj_getState(self.model, self.env.data, self.batch.state[i], mujoco.mjtState.mjSTATE_INTEGRATION)
+        if self.body == "ant":  # of which x_position needs the torso's frame
+            self.batch.forward(index, stage=mujoco.mjtStage.mjSTAGE_POS)
 
     def observe(self, index) -> np.ndarray:
         """(m, obs_dim) float64: the observations of some of the simulations."""
@@ -693,18 +746,8 @@ class Simulator:
         return np.concatenate([qpos[:, 1:], qvel if self.body == "halfcheetah" else qvel.clip(-10, 10)], axis=1)
 
     def x_position(self, index) -> np.ndarray:
-        """(m,) what each environment's forward velocity is the difference of."""
-        if self.body == "ant":  # Gymnasium reads the torso's frame, which MuJoCo computed before its last substep
-            torso = self.model.body("torso").id
-            return np.array([self.sims[i].xpos[torso, 0] for i in index])
-        return self.qpos[index, 0]
-
-    def advance(self, index, actions) -> None:
-        for i, action in zip(index, actions):
-            sim = self.sims[i]
-            sim.ctrl[:] = action
-            mujoco.mj_step(self.model, sim, self.frame_skip)
-            self.qpos[i], self.qvel[i] = sim.qpos, sim.qvel
+        """(m,) whose difference is the forward velocity; Gymnasium's Ant reads it before the last substep."""
+        return self.xpos[index, self.model.body("torso").id, 0] if self.body == "ant" else self.qpos[index, 0].copy()
 
     def step(self, index, actions):
         """One env.step of the simulations `index` (m,), given actions (m, act_dim).
@@ -712,14 +755,13 @@ class Simulator:
         Returns observations (m, obs_dim), rewards, terminated and forward velocities in m/s, each (m,).
         """
         before = self.x_position(index)
-        n = min(self.threads, len(index))
-        list(self.pool.map(self.advance, np.array_split(index, n), np.array_split(actions, n)))
-        velocity = (self.x_position(index) - before) / self.dt
-        effort = np.square(actions).sum(axis=1)
+        self.ctrl[index] = actions
+        self.batch.step(index, nstep=self.frame_skip)
+        velocity, effort = (self.x_position(index) - before) / self.dt, np.square(actions).sum(axis=1)
         state = np.concatenate([self.qpos[index], self.qvel[index]], axis=1)
         z, angle = state[:, 1], state[:, 2]
         if self.body == "halfcheetah":
-            reward, healthy = velocity - 0.1 * effort, np.ones(len(index), bool)
+            reward, healthy = velocity - 0.1 * effort, np.ones(len(state), bool)
         elif self.body == "hopper":
             reward = velocity + 1.0 - 1e-3 * effort
             healthy = (np.abs(state[:, 2:]) < 100).all(axis=1) & (z > 0.7) & (np.abs(angle) < 0.2)
@@ -734,86 +776,6 @@ class Simulator:
 
 # ======== end of shared: simulator ========
 
-# ======== shared: rollout (the same text in train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
-
-
-class Rollouts(NamedTuple):
-    """One entry per rollout (n); what is per step (T) is NaN after a rollout's end."""
-
-    returns: np.ndarray  # raw, undiscounted
-    lengths: np.ndarray  # environment steps
-    rewards: np.ndarray  # (n, T)
-    velocities: np.ndarray  # (n, T) forward, m/s
-    first_obs: torch.Tensor  # (n, obs_dim) standardised
-    first_act: torch.Tensor  # (n, act_dim)
-    qpos: np.ndarray | None  # (n, T, nq) MuJoCo's positions after each step, if asked for
-
-    @property
-    def velocity(self) -> np.ndarray:
-        """(n,) mean forward velocity, m/s."""
-        return np.nanmean(self.velocities, axis=1)
-
-
-@torch.no_grad()
-def rollout(
-    policy: Policy, task: Task, targets, seeds, context_len: int, obs_mean, obs_std, bar=None, stop=None,
-    horizon: int = HORIZON, reward_function=None, keep_qpos: bool = False,
-) -> Rollouts | None:  # fmt: skip
-    """Roll the policy out once per (raw target return, seed), all in lockstep as one batch.
-
-    The context is the last context_len steps, padded and masked as in training; the RTG token starts at target /
-    rtg_scale and falls by every reward, the environment's or reward_function(velocities (m,), actions (m, act_dim)). A
-    rollout that has ended leaves the batch. None if `stop` was requested.
-    """
-    n, K, device = len(targets), context_len, next(policy.parameters()).device
-    was_training = policy.training
-    policy.eval()
-    simulator = Simulator(task.env_id, seeds)
-    obs_mean, obs_std = obs_mean.to(device), obs_std.to(device)
-    # histories start with K - 1 steps of padding, so that the context of step t is always [t, t + K)
-    history = horizon + K - 1
-    rtg, obs, act = (torch.zeros(n, history, *size, device=device) for size in ((), (task.obs_dim,), (task.act_dim,)))
-    timestep = torch.arange(1 - K, horizon, device=device)
-    alive = np.arange(n)
-    returns, lengths = np.zeros(n), np.zeros(n, dtype=np.int64)
-    rewards, velocities = np.full((n, horizon), np.nan), np.full((n, horizon), np.nan)
-    qpos = np.full((n, horizon, simulator.model.nq), np.nan) if keep_qpos else None
-    observation = simulator.observe(alive)
-    for t in range(horizon):
-        rows, now, window = torch.as_tensor(alive, device=device), t + K - 1, slice(t, t + K)
-        obs[rows, now] = (torch.as_tensor(observation, dtype=torch.float32, device=device) - obs_mean) / obs_std
-        remaining = (np.asarray(targets, dtype=np.float64)[alive] - returns[alive]) / task.rtg_scale
-        rtg[rows, now] = torch.as_tensor(remaining, dtype=torch.float32, device=device)
-        times = timestep[window].expand(len(alive), K)
-        action = policy.act(rtg[rows, window], obs[rows, window], act[rows, window], times.clamp(min=0), times >= 0)
-        act[rows, now] = action
-        action = action.cpu().numpy().astype(np.float64)
-        observation, reward, terminated, velocity = simulator.step(alive, action)
-        if reward_function is not None:
-            reward = reward_function(velocity, action)
-        returns[alive] += reward
-        lengths[alive] += 1
-        rewards[alive, t], velocities[alive, t] = reward, velocity
-        if keep_qpos:
-            qpos[alive, t] = simulator.qpos[alive]
-        alive, observation = alive[~terminated], observation[~terminated]
-        if bar is not None:
-            bar.update()
-            bar.set_postfix_str(f"{len(alive)} of {n} rollouts alive")
-        if len(alive) == 0 or (stop is not None and stop.requested):
-            break
-    simulator.close()
-    policy.train(was_training)
-    if stop is not None and stop.requested:
-        return None
-    return Rollouts(returns, lengths, rewards, velocities, obs[:, K - 1].clone(), act[:, K - 1].clone(), qpos)
-
-
-# ======== end of shared: rollout ========
-
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        fail("interrupted; nothing was written", code=130)
+    run(main)

@@ -1,40 +1,38 @@
 """Stage 0 of Q-Align DT: make a dataset by D4RL's recipe where D4RL's own cannot be had.
 
-    python collect_dataset.py --env-id Hopper-v4 --out-dir data
+    python data/collect_dataset.py --env-id Hopper-v4
 
-Trains soft actor-critic online (SAC, Haarnoja et al. 2018), one gradient step per environment step, keeps the policy of
-every evaluation, and records
+Trains soft actor-critic (SAC, Haarnoja et al. 2018), one gradient step per environment step, keeps every evaluated
+policy, and records, as <body>-<quality>-local.hdf5 (mini: <body>-mini.hdf5), which other stages take as --env:
     random         the untrained policy
     medium-replay  the replay buffer up to the medium policy
-    medium         the first evaluated policy above a third of the expert's return (or --medium-return)
-    expert         the best evaluated policy: mean return of 10 episodes without noise
+    medium         the first policy with a third of the expert's return (or --medium-return)
+    expert         the best policy: mean return of 10 episodes without noise
     medium-expert  both, one after the other
-    mini           episodes of all evaluated policies whose returns spread evenly from the lowest to the highest
-
-as <out-dir>/<body>-<quality>-local.hdf5 (mini: <body>-mini.hdf5), which the other stages take as --env hopper-medium-local.
-Recorded policies act by sampling, as D4RL's do. This is your own data, not D4RL's. It runs on the CPU: the networks are small.
-Order of the file: Args, the environments, SAC, main, recording; then the blocks this file shares with the other stages.
+    mini           episodes of all policies whose returns spread evenly from the lowest to the highest
+Recorded policies act by sampling, as D4RL's do. This is your own data, not D4RL's. Runs on the CPU: the networks are
+small. Stop it at any time, even with kill -9: the same command resumes, at the last evaluated policy.
 """
 
+import contextlib
 import copy
-import csv
+import importlib.metadata
+import io
 import math
 import os
 import re
 import shlex
-import signal
 import sys
-import tempfile
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import filelock
 import gymnasium
 import h5py
-import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
@@ -45,121 +43,99 @@ from tqdm import tqdm
 Quality = Literal["random", "medium-replay", "medium", "expert", "medium-expert", "mini"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Args:
-    env_id: str = "Hopper-v4"
-    """Gymnasium's name; v4 of Hopper, HalfCheetah, Walker2d and Ant is what the other stages know, and fast"""
-    seed: int = 1
-    """seed of the networks, the actions and the episodes"""
+    env_id: str = "Hopper-v4"  # of Gymnasium; the other stages know v4 of Hopper, HalfCheetah, Walker2d and Ant
+    seed: int = 1  # seed of the networks, the actions and the episodes
+    # which files to write; the training is the same for all
     qualities: tuple[Quality, ...] = ("random", "medium-replay", "medium", "expert", "medium-expert")
-    """which files to write; the training is the same for all"""
-    transitions: int = 1_000_000
-    """at least so many per file, in whole episodes (medium-expert: of each; mini: at most; medium-replay: as there are)"""
-    total_steps: int = 1_000_000
-    """environment steps of training; a finished run goes on where this is raised (new levels need a new --out-dir)"""
-    medium_return: float | None = None
-    """raw return that makes a policy "medium" (None: a third of the expert's)"""
-    num_envs: int = 8
-    """environments that train in lockstep"""
-    out_dir: str = "data"
-    """folder of the datasets; the other stages look into data/ beside them"""
-    runs_dir: str = "runs"
-    """folder of all runs: networks, replay buffer, policies"""
-    exp_name: str = "collect_dataset"
-    """name of this experiment; the run folder is <runs-dir>/<env-id>__<exp-name>__<seed>"""
+    transitions: int = 1_000_000  # at least so many per policy, in whole episodes (mini: at most so many in the file)
+    total_steps: int = 1_000_000  # environment steps of training; raise it to continue a finished run
+    medium_return: float | None = None  # raw return that makes a policy "medium" (default: a third of the expert's)
+    num_envs: int = 8  # environments that train in lockstep
+    out_dir: str = ""  # folder of the datasets (default: this script's own, where the other stages look for them)
+    runs_dir: str = "runs"  # folder of all runs
+    exp_name: str = "collect_dataset"  # name of this experiment; the run is in <runs-dir>/<env-id>__<exp-name>__<seed>
+
+    def __post_init__(self):
+        check_args(self, {"transitions": 1, "total_steps": START + EVAL_EVERY, "num_envs": 1, "medium_return": -1e9})
+        if self.num_envs > LOG_EVERY or not self.qualities:
+            raise ValueError(f"--num-envs must be at most {LOG_EVERY:,}, and --qualities name at least one")
 
 
-# CleanRL's settings of SAC for MuJoCo. With the SAC paper's 3e-4 for the critic and alpha as well, seed 1 of Hopper still
+# CleanRL's settings of SAC for MuJoCo. With the SAC paper's 3e-4 for the critic and alpha too, seed 1 of Hopper still
 # made one hop and fell (return 320) after 110,000 steps; with these it was at 1,800 after 65,000.
 GAMMA, TAU, WIDTH, BATCH = 0.99, 0.005, 256, 256
 ACTOR_LR, CRITIC_LR, ALPHA_LR = 3e-4, 1e-3, 1e-3
-START = 5_000  # steps of uniformly random actions, before the first gradient step
+START = 5_000  # environment steps of uniformly random actions, before the first gradient step
 EVAL_EVERY, EVAL_EPISODES, LOG_EVERY = 5_000, 10, 1_000  # in environment steps; an evaluation acts without noise
-RECORD_ENVS = 64  # episodes recorded in lockstep
+RECORD_ENVS, MINI_POOL, MINI_BINS = 64, 10, 20  # mini draws from MINI_POOL times as much, by MINI_BINS bins of return
+BODIES = {"Hopper-v4": "hopper", "HalfCheetah-v4": "halfcheetah", "Walker2d-v4": "walker2d", "Ant-v4": "ant"}
 D4RL_KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
-MINI_POOL, MINI_BINS = 10, 20  # mini records MINI_POOL times --transitions, and draws from MINI_BINS bins of return
 
 
 class Episodes:
     """n environments in lockstep, each playing one episode after the other.
 
-    Episodes are numbered in the order they begin, and number k starts from env.reset(seed=first_seed + k): with these two
-    rules a run can be continued from its recorded actions. Bodies that the other stages know run in Simulator, every other
-    environment in gymnasium.vector.
+    Episode k, in the order of their beginning, starts from env.reset(seed=first_seed + k): recorded actions are enough
+    to continue a run.
     """
 
     def __init__(self, env_id: str, n: int, first_seed: int):
-        self.first_seed, self.begun = first_seed, n
-        self.number, self.t = np.arange(n), np.zeros(n, np.int64)  # of the running episodes; steps played so far
-        self.lockstep = env_id in BODY_IDS
-        if self.lockstep:
-            self.envs = Simulator(env_id, [first_seed + k for k in range(n)])
-            self.obs, space = self.envs.observe(range(n)), self.envs.env.action_space  # (n, obs_dim)
-        else:
-            manual = {"autoreset_mode": gymnasium.vector.AutoresetMode.DISABLED}
-            self.envs = gymnasium.make_vec(env_id, n, "sync", manual)
-            self.obs, space = None, self.envs.single_action_space
-            self.reset(range(n))
-        self.low, self.high = np.float32(space.low), np.float32(space.high)  # (act_dim,)
-        columns = [("observations", np.float32, self.obs.shape[1:]), ("actions", np.float32, space.shape)]
-        columns += [("rewards", np.float32), ("terminals", bool), ("timeouts", bool), ("episode", np.int32)]
-        self.row = np.dtype(columns)  # a transition, under D4RL's keys
+        try:
+            self.envs, self.limit = [make_env(env_id) for _ in range(n)], gymnasium.spec(env_id).max_episode_steps
+        except Exception as error:  # an unknown name, a package that is missing, an XML file MuJoCo no longer reads
+            fail(f"--env-id {env_id}: {one_line(error)}")
+        obs, act = self.envs[0].observation_space, self.envs[0].action_space
+        vectors = all(isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1 for space in (obs, act))
+        if not (vectors and np.isfinite([act.low, act.high]).all() and self.limit):
+            fail(
+                f"--env-id {env_id}: {obs}, {act}, time limit {self.limit}: not vectors, bounded actions, limited time"
+            )
+        self.low, self.high = np.float32(act.low), np.float32(act.high)  # (act_dim,)
+        self.obs = np.zeros((n, 111 if env_id == "Ant-v4" else obs.shape[0]))  # D4RL's Ant ends in 84 zeros
+        scalars = [("rewards", "f4"), ("terminals", "?"), ("timeouts", "?"), ("episode", "i4")]
+        self.row = np.dtype([("observations", "f4", self.obs.shape[1]), ("actions", "f4", act.shape), *scalars])
+        self.action_type = np.float64 if env_id in BODIES else np.float32  # the other stages compute rewards in float64
+        self.first_seed, self.number, self.t = first_seed, *np.zeros((2, n), np.int64)
+        for i in range(n):
+            self.begin(i, i)
 
-    def reset(self, index) -> None:
-        seeds = [self.first_seed + int(k) for k in self.number]
-        if self.lockstep:
-            self.envs.reset(index, [seeds[i] for i in index])
-            self.obs[index] = self.envs.observe(index)
-        else:
-            mask = np.isin(np.arange(len(seeds)), index)
-            self.obs, _ = self.envs.reset(seed=seeds, options={"reset_mask": mask})
+    def begin(self, i: int, number: int) -> None:
+        """Start episode `number` in environment i."""
+        obs, _ = self.envs[i].reset(seed=self.first_seed + int(number))
+        self.obs[i, : len(obs)], self.number[i], self.t[i] = obs, number, 0  # t: steps of the episode so far
 
-    def play(self, actions: np.ndarray):
-        """env.step of each environment with actions (n, act_dim): rewards, terminated, truncated, each (n,)."""
-        if not self.lockstep:
-            self.obs, *result, _ = self.envs.step(actions)
-            return result
-        self.obs, reward, terminated, _ = self.envs.step(range(len(actions)), actions.astype(np.float64))
-        return reward, terminated, self.t + 1 == HORIZON
+    def play(self, i: int, action: np.ndarray):
+        """env.step of environment i: reward, terminated, truncated."""
+        obs, reward, terminated, truncated, _ = self.envs[i].step(action.astype(self.action_type))
+        self.obs[i, : len(obs)] = obs
+        self.t[i] += 1
+        return reward, terminated, truncated or self.t[i] == self.limit
 
     def step(self, actions: np.ndarray) -> np.ndarray:
-        """The n transitions of actions (n, act_dim) float32. Where an episode has ended the next one is begun."""
+        """The n transitions of actions (n, act_dim) float32. Where an episode has ended the next one begins."""
         rows = np.empty(len(actions), self.row)
         rows["observations"], rows["actions"], rows["episode"] = self.obs, actions, self.number
-        rows["rewards"], terminated, truncated = self.play(actions)
-        rows["terminals"], rows["timeouts"] = terminated, truncated & ~terminated
-        self.t += 1
-        self.begin(np.flatnonzero(terminated | truncated))
+        for i, row in enumerate(rows):
+            row["rewards"], row["terminals"], truncated = self.play(i, actions[i])
+            row["timeouts"] = truncated and not row["terminals"]
+            if row["terminals"] or row["timeouts"]:
+                self.begin(i, self.number.max() + 1)
         return rows
 
-    def begin(self, index) -> None:
-        """The next episodes, in the environments `index`."""
-        self.number[index] = self.begun + np.arange(len(index))
-        self.begun += len(index)
-        self.t[index] = 0
-        if len(index):
-            self.reset(index)
-
     def replay(self, rows: np.ndarray) -> None:
-        """Bring the environments to where they were after rows (T, n), by playing what of them belongs to running episodes."""
-        self.number = rows["episode"][-1].astype(np.int64)
-        self.begun = int(self.number.max()) + 1
-        self.reset(range(len(self.number)))
-        self.t = (rows["episode"] == self.number).sum(axis=0)
-        for k in range(self.t.max(), 0, -1):  # the k-th last step
-            self.play(np.where((self.t >= k)[:, None], rows["actions"][-k], self.low))
-            if len(waiting := np.flatnonzero(self.t < k)):  # episodes that begin later are held at their start
-                self.reset(waiting)
-        self.begin(np.flatnonzero(rows["terminals"][-1] | rows["timeouts"][-1]))
-
-    def close(self) -> None:
-        self.envs.close()
+        """Bring the environments to where they were after rows (T, n), by playing the running episodes again."""
+        for i, last in enumerate(rows[-1]):
+            self.begin(i, last["episode"])
+            for action in rows["actions"][rows["episode"][:, i] == last["episode"], i]:
+                self.play(i, action)
+        for i in np.flatnonzero(rows["terminals"][-1] | rows["timeouts"][-1]):
+            self.begin(i, self.number.max() + 1)
 
 
-def mlp(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(inputs, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, outputs)
-    )
+def mlp(d_in: int, d_out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(d_in, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, d_out))
 
 
 class Actor(nn.Module):
@@ -168,14 +144,13 @@ class Actor(nn.Module):
     def __init__(self, obs_dim: int, low: np.ndarray, high: np.ndarray):
         super().__init__()
         self.net = mlp(obs_dim, 2 * len(low))
-        self.register_buffer("scale", torch.as_tensor((high - low) / 2, dtype=torch.float32))
-        self.register_buffer("middle", torch.as_tensor((high + low) / 2, dtype=torch.float32))
+        self.scale, self.middle = torch.as_tensor((high - low) / 2), torch.as_tensor((high + low) / 2)
 
     def forward(self, obs, generator):
-        """Sampled actions (B, act_dim) and the log-density (B,) of their unstretched values."""
+        """Sampled actions (B, act_dim), and the log-density (B,) of the unstretched ones. No generator: no noise."""
         mean, log_std = self.net(obs).chunk(2, dim=-1)
         log_std = log_std.clamp(-20, 2)
-        noise = torch.randn(mean.shape, generator=generator)
+        noise = torch.randn(mean.shape, generator=generator) if generator else torch.zeros(())
         u = mean + log_std.exp() * noise
         log_density = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
         log_jacobian = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2), without cancellation
@@ -183,189 +158,57 @@ class Actor(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, generator: torch.Generator | None) -> np.ndarray:
-        """(n, act_dim) float32 actions for raw observations (n, obs_dim): sampled, or without noise if generator is None."""
-        obs = torch.as_tensor(obs, dtype=torch.float32)
-        if generator:
-            return self(obs, generator)[0].numpy()
-        return (self.middle + self.scale * torch.tanh(self.net(obs).chunk(2, dim=-1)[0])).numpy()
+        return self(torch.as_tensor(obs, dtype=torch.float32), generator)[0].numpy()
 
 
-class TwinQ(nn.Module):
-    """Two independent Q(s, a); returns (2, B)."""
-
-    def __init__(self, obs_dim: int, act_dim: int):
-        super().__init__()
-        self.q1, self.q2 = mlp(obs_dim + act_dim, 1), mlp(obs_dim + act_dim, 1)
-
-    def forward(self, obs, act):
-        x = torch.cat([obs, act], dim=-1)
-        return torch.stack([self.q1(x), self.q2(x)]).squeeze(-1)
+def q_values(critic: nn.ModuleList, obs, act) -> torch.Tensor:
+    """(2, B): both Q(s, a)."""
+    x = torch.cat([obs, act], dim=-1)
+    return torch.stack([q(x) for q in critic]).squeeze(-1)
 
 
-class Agent(nn.Module):
-    def __init__(self, obs_dim: int, low: np.ndarray, high: np.ndarray):
-        super().__init__()
-        self.actor, self.critic = Actor(obs_dim, low, high), TwinQ(obs_dim, len(low))
+class SAC:
+    """The actor, two critics and the temperature alpha, and one gradient step of all."""
+
+    metrics = ("q_loss", "actor_loss", "q_mean", "alpha")
+
+    def __init__(self, obs_dim: int, low: np.ndarray, high: np.ndarray, seed: int):
+        torch.manual_seed(seed)  # torch's own generator: of the initial weights
+        self.generator = torch.Generator().manual_seed(seed)  # of actions and batches
+        self.actor = Actor(obs_dim, low, high)
+        self.critic = nn.ModuleList([mlp(obs_dim + len(low), 1) for _ in range(2)])
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.log_alpha = nn.Parameter(torch.zeros(()))  # of the entropy's weight
-        self.target_entropy = -len(low)
+        self.log_alpha = nn.Parameter(torch.zeros(()))
+        self.actor_opt = torch.optim.Adam(self.actor.parameters(), lr=ACTOR_LR, fused=True)
+        self.critic_opt = torch.optim.Adam(self.critic.parameters(), lr=CRITIC_LR, fused=True)
+        self.alpha_opt = torch.optim.Adam([self.log_alpha], lr=ALPHA_LR, fused=True)
+        self.parts = dict(actor=self.actor, critic=self.critic, target_critic=self.target_critic)  # of resume.pt
+        self.parts |= dict(alpha=nn.ParameterList([self.log_alpha]), alpha_opt=self.alpha_opt)
+        self.parts |= dict(actor_opt=self.actor_opt, critic_opt=self.critic_opt)
 
-
-class Batch(NamedTuple):
-    obs: torch.Tensor  # (B, obs_dim)
-    act: torch.Tensor  # (B, act_dim)
-    reward: torch.Tensor  # (B,)
-    terminal: torch.Tensor  # (B,) bool
-    timeout: torch.Tensor  # (B,) bool
-    next_obs: torch.Tensor  # (B, obs_dim); of another episode where terminal or timeout
-
-
-def sample_batch(replay: np.ndarray, step: int, num_envs: int, generator: torch.Generator) -> Batch:
-    """Uniform from the first `step` transitions, which interleave num_envs environments: the next row is num_envs on."""
-    i = torch.randint(step - num_envs, (BATCH,), generator=generator).numpy()
-    rows, following = replay[i], replay["observations"][i + num_envs]
-    columns = [np.ascontiguousarray(rows[key]) for key in D4RL_KEYS]
-    return Batch(*map(torch.from_numpy, (*columns, following)))
-
-
-def critic_loss(agent: Agent, batch: Batch, generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """MSE of both Q to r + gamma (1 - terminal) (min_m Q'_m(s', a') - alpha log pi(a' | s')), and the mean of Q_1.
-
-    A transition cut by the time limit has no s' in the buffer and is left out.
-    """
-    with torch.no_grad():
-        next_act, log_pi = agent.actor(batch.next_obs, generator)
-        q_next = agent.target_critic(batch.next_obs, next_act).amin(dim=0) - agent.log_alpha.exp() * log_pi
-        y = batch.reward + GAMMA * ~batch.terminal * q_next
-    q = agent.critic(batch.obs, batch.act)
-    return (~batch.timeout * (q - y) ** 2).mean(dim=1).sum(), q[0].detach().mean()
-
-
-def actor_loss(agent: Agent, batch: Batch, generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean of alpha log pi(a | s) - min_m Q_m(s, a) over sampled actions a, and the mean of log pi."""
-    act, log_pi = agent.actor(batch.obs, generator)
-    loss = agent.log_alpha.exp().detach() * log_pi - agent.critic(batch.obs, act).amin(dim=0)
-    return loss.mean(), log_pi.detach().mean()
-
-
-def temperature_loss(agent: Agent, log_pi: torch.Tensor) -> torch.Tensor:
-    """Raises alpha while the policy's entropy is below its target, -act_dim."""
-    return -agent.log_alpha.exp() * (log_pi + agent.target_entropy)
-
-
-def main() -> None:
-    sys.stdout.reconfigure(line_buffering=True)
-    args = tyro.cli(Args, description=__doc__)
-    check(args)
-    n, files = args.num_envs, {quality: dataset_file(args, quality) for quality in args.qualities}
-    cfg = dict(env_id=args.env_id, seed=args.seed, num_envs=n, exp_name=args.exp_name)
-    cfg |= dict(gymnasium=gymnasium.__version__, mujoco=mujoco.__version__)  # another simulator is another run
-    for quality, path in files.items():
-        is_there(path, cfg | attributes_of(args, quality))  # refuses another run's file before the training, not after
-    folder = Path(args.runs_dir) / f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}"
-    lock = claim(folder)
-    state = check_same_run(folder, "resume.pt", "collect_dataset", cfg, None)
-    envs = Episodes(args.env_id, n, args.seed * 10**18)
-
-    torch.manual_seed(args.seed)
-    agent = Agent(envs.obs.shape[1], envs.low, envs.high)
-    actor_opt = torch.optim.Adam(agent.actor.parameters(), lr=ACTOR_LR, fused=True)
-    critic_opt = torch.optim.Adam(agent.critic.parameters(), lr=CRITIC_LR, fused=True)
-    alpha_opt = torch.optim.Adam([agent.log_alpha], lr=ALPHA_LR, fused=True)
-    parts = dict(agent=agent, actor_opt=actor_opt, critic_opt=critic_opt, alpha_opt=alpha_opt)
-    generator = torch.Generator().manual_seed(args.seed)
-    meters = Meters(["q_loss", "actor_loss", "q_mean", "alpha"], torch.device("cpu"))
-    step, evaluations = 0, {}  # environment steps; step -> mean return of the policy without noise
-    try:
-        replay = np.zeros(max(args.total_steps, state["step"] if state else 0) + n, envs.row)
-    except MemoryError:
-        fail(f"--total-steps {args.total_steps:,}: a replay buffer of so many transitions does not fit into memory")
-    how = "in lockstep" if envs.lockstep else f"in gymnasium.vector (slower than {', '.join(BODY_IDS)})"
-    print(f"{folder}: SAC on {args.env_id}, {args.total_steps:,} steps, {n} environments {how}")
-    if state:
-        restore(state, parts, meters, generator)
-        step, evaluations = state["step"], state["evaluations"]
-        read_replay(folder, replay[:step])
-        if 0 < step < args.total_steps:
-            envs.replay(replay[:step].reshape(-1, n))
-    saved = step  # so many rows are in replay.bin
-    metrics = MetricsLog(folder / "metrics.csv", ["step", *meters.names], step)
-    returns = MetricsLog(folder / "evaluations.csv", ["step", "return"], max(evaluations, default=-1))
-    stop = StopSignal()
-    bar = tqdm(total=args.total_steps, initial=step, unit="step", desc=f"SAC {args.env_id}", dynamic_ncols=True)
-
-    def save() -> None:
-        nonlocal saved
-        append_replay(folder, replay, saved, step)
-        saved = step
-        counters = dict(step=step, evaluations=evaluations)
-        save_resume(folder, "collect_dataset", cfg, {}, parts, meters, generator, counters)
-
-    while True:
-        if step % EVAL_EVERY < n and step not in evaluations:  # the untrained policy is the first
-            rows = record(agent.actor, args, None, stop, episodes=EVAL_EPISODES)
-            if rows is None:
-                break
-            evaluations[step] = float(episode_returns(rows).mean())
-            returns.write({"step": step, "return": evaluations[step]})
-            (folder / "policies").mkdir(exist_ok=True)
-            policy = dict(stage="collect_dataset", format=FORMAT, config=cfg, actor=agent.actor.state_dict())
-            save_checkpoint(folder / "policies" / f"{step}.pt", policy)
-            save()
-            bar.set_postfix_str(f"return {evaluations[step]:.0f}, best {max(evaluations.values()):.0f}")
-        if step >= args.total_steps or stop.requested:
-            break
-        if step < START:
-            uniform = torch.rand(n, len(envs.low), generator=generator).numpy()
-            actions = envs.low + (envs.high - envs.low) * uniform
-        else:
-            actions = agent.actor.act(envs.obs, generator)
-        replay[step : step + n] = envs.step(actions)
-        step += n
-        bar.update(n)
-        for _ in range(n if step > START else 0):
-            batch = sample_batch(replay, step, n, generator)
-            q_loss, q_mean = critic_loss(agent, batch, generator)
-            descend(critic_opt, q_loss)
-            agent.critic.requires_grad_(False)
-            pi_loss, log_pi = actor_loss(agent, batch, generator)
-            descend(actor_opt, pi_loss)
-            agent.critic.requires_grad_(True)
-            descend(alpha_opt, temperature_loss(agent, log_pi))
-            ema_update(agent.target_critic, agent.critic, TAU)
-            meters.add(torch.stack([q_loss.detach(), pi_loss.detach(), q_mean, agent.log_alpha.detach().exp()]), step)
-        meters.check(bar, folder, "ACTOR_LR or CRITIC_LR in this file, under another --exp-name")
-        if step % LOG_EVERY < n and meters.count:
-            metrics.write({"step": step, **meters.means()})
-    bar.close()
-    save()
-    metrics.close()
-    returns.close()
-    envs.close()
-    jobs, problems = [], []
-    if not stop.requested:
-        # what is known at --total-steps; a policy that has made no gradient step is of no level
-        known = {k: v for k, v in evaluations.items() if (k == 0 or k > START) and k < args.total_steps + n}
-        jobs, problems = plan(args, cfg, files, known)
-    for path, steps, attributes in jobs:
-        quality = attributes["quality"]
-        if quality == "medium-replay":
-            rows = whole_episodes(replay[: steps[0]])
-        else:
-            rows = record_policies(folder, steps, args, quality == "mini", path.stem, stop)
-        if rows is None:
-            break
-        if len(rows):
-            write_hdf5(path, rows, attributes)
-        else:
-            few = "--num-envs is too large" if quality == "medium-replay" else "--transitions is too small"
-            problems.append(f"{path}: no whole episode; {few}")
-    else:  # not stopped while recording
-        if step >= args.total_steps:
-            lock.release()
-            return fail("; ".join(problems), code=1) if problems else None
-    print(f"stopped at step {step:,} of {args.total_steps:,}; the same command continues from there")
-    sys.exit(130)
+    def step(self, replay: np.ndarray, num_envs: int) -> torch.Tensor:
+        """One gradient step of all; returns the values of `metrics`, and a 1 that counts them (5,)."""
+        # a uniform batch; the buffer interleaves num_envs environments, so next_obs is num_envs rows on
+        i = torch.randint(len(replay) - num_envs, (BATCH,), generator=self.generator).numpy()
+        rows, following = replay[i], replay["observations"][i + num_envs]
+        arrays = map(np.ascontiguousarray, [*(rows[key] for key in D4RL_KEYS), following])
+        obs, act, reward, terminal, timeout, next_obs = map(torch.from_numpy, arrays)
+        with torch.no_grad():  # y = r + gamma (1 - terminal) (min_m Q'_m(s', a') - alpha log pi(a' | s'))
+            next_act, log_pi = self.actor(next_obs, self.generator)
+            q_next = q_values(self.target_critic, next_obs, next_act).amin(dim=0) - self.log_alpha.exp() * log_pi
+            y = reward + GAMMA * ~terminal * q_next
+        q = q_values(self.critic, obs, act)
+        q_loss = (~timeout * (q - y) ** 2).mean(dim=1).sum()  # at a timeout the buffer has no s'
+        descend(self.critic_opt, q_loss)
+        self.critic.requires_grad_(False)
+        act, log_pi = self.actor(obs, self.generator)
+        actor_loss = (self.log_alpha.exp().detach() * log_pi - q_values(self.critic, obs, act).amin(dim=0)).mean()
+        descend(self.actor_opt, actor_loss)
+        self.critic.requires_grad_(True)
+        # raises alpha while the policy's entropy is below its target, -act_dim
+        descend(self.alpha_opt, -self.log_alpha.exp() * (log_pi.detach().mean() - act.shape[1]))
+        ema_update(self.target_critic, self.critic, TAU)
+        return torch.stack((q_loss, actor_loss, q[0].mean(), self.log_alpha.exp(), torch.ones(()))).detach()
 
 
 def descend(opt: torch.optim.Optimizer, loss: torch.Tensor) -> None:
@@ -374,57 +217,133 @@ def descend(opt: torch.optim.Optimizer, loss: torch.Tensor) -> None:
     opt.step()
 
 
-def choose_levels(evaluations: dict[int, float], medium_return: float | None) -> dict[str, int]:
-    """The training steps of the random, medium and expert policy, from the evaluated return at each step.
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    n, out_dir = args.num_envs, Path(args.out_dir or Path(__file__).resolve().parent)
+    envs = Episodes(args.env_id, n, args.seed * 10**18)
+    body = BODIES.get(args.env_id) or re.sub(r"[^a-z0-9]+", "_", args.env_id.lower())
+    files = {q: out_dir / (f"{body}-mini.hdf5" if q == "mini" else f"{body}-{q}-local.hdf5") for q in args.qualities}
+    identity = dict(env_id=args.env_id, seed=args.seed, num_envs=n, exp_name=args.exp_name)
+    identity |= {name: importlib.metadata.version(name) for name in ("gymnasium", "mujoco")}
+    attributes = {q: identity | {"quality": q, "transitions": args.transitions} for q in files}
+    attributes.get("medium-replay", {}).pop("transitions", None)
+    for quality, path in files.items():  # refuses a file that was made otherwise before the training, not after
+        is_there(path, attributes[quality])
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if not os.access(out_dir, os.W_OK):
+        fail(f"--out-dir {out_dir}: cannot write there; choose another")
+    folder = Path(args.runs_dir) / f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}"
 
-    Medium is left out if no policy reached medium_return. Its default is a third of the expert's return, counted from the
-    untrained policy's where that is negative.
+    with claim(folder):
+        learner = SAC(envs.obs.shape[1], envs.low, envs.high, args.seed)
+        sums = torch.zeros(len(learner.metrics) + 1)  # of learner.step() since the last row of metrics.csv
+        counters = dict(step=0, rows=[], returns=[], checksum=0)  # rows: of metrics.csv; returns: of evaluations.csv
+        if state := load_own(folder / "resume.pt", "collect_dataset", identity):
+            counters = restore(state, folder / "resume.pt", learner, sums, total_steps=10**9)
+        step, rows, returns = counters["step"], counters["rows"], counters["returns"]
+        replay = np.zeros(max(args.total_steps, step) + n, envs.row)
+        load_replay(folder / "replay.bin", replay[:step], counters["checksum"])
+        if 0 < step < args.total_steps:
+            envs.replay(replay[:step].reshape(-1, n))
+        print(f"{folder}: SAC on {args.env_id}, {n} environments in lockstep, step {step:,} of {args.total_steps:,}")
+        metrics, evaluations = Log(folder, "metrics", rows), Log(folder, "evaluations", returns)
+        bar = tqdm(total=args.total_steps, initial=step, unit="step", desc=f"SAC {args.env_id}", dynamic_ncols=True)
+
+        while True:
+            if step % EVAL_EVERY < n and (not returns or returns[-1]["step"] < step):  # first the untrained policy
+                episodes = record(learner.actor, args, None, episodes=EVAL_EPISODES)
+                evaluations.write({"step": step, "return": float(episode_returns(episodes).mean())})
+                policy = dict(stage="collect_dataset", config=identity, actor=learner.actor.state_dict())
+                save_checkpoint(folder / f"policy_{step}.pt", policy)
+                bar.set_postfix_str(f"return {returns[-1]['return']:.0f}, best {max(r['return'] for r in returns):.0f}")
+            if step % EVAL_EVERY < n or step >= args.total_steps:
+                checksum = save_replay(folder / "replay.bin", replay[:step])
+                counters = dict(step=step, rows=rows, returns=returns, checksum=checksum)
+                content = dict(stage="collect_dataset", config=identity, counters=counters)
+                save_resume(folder, content, learner, sums)
+            if step >= args.total_steps:
+                break
+            if step < START:
+                uniform = torch.rand(n, len(envs.low), generator=learner.generator).numpy()
+                actions = envs.low + (envs.high - envs.low) * uniform
+            else:
+                actions = learner.actor.act(envs.obs, learner.generator)
+            replay[step : step + n] = envs.step(actions)
+            step += n
+            bar.update(n)
+            for _ in range(n if step > START else 0):
+                sums += learner.step(replay[:step], n)
+            if step % LOG_EVERY < n and sums[-1] > 0:
+                check_finite(learner, sums, step)
+                metrics.write({"step": step, **dict(zip(learner.metrics, (sums / sums[-1]).tolist()))})
+                sums.zero_()
+        bar.close()
+
+        # what is known at --total-steps, even if the run is longer
+        known = {row["step"]: row["return"] for row in returns if row["step"] < args.total_steps + n}
+        policies = choose_policies(known, args.medium_return)
+        problems = []
+        for quality, path in files.items():
+            steps = policies[quality]
+            attributes[quality] |= dict(policy_step=steps, policy_return=[known[k] for k in steps])
+            if not steps:
+                problems.append(f"{path}: no policy reached --medium-return {args.medium_return:g}")
+            elif is_there(path, attributes[quality]):
+                print(f"{path} is there already")
+            elif len(found := collect(quality, steps, replay, folder, learner.actor, args)):
+                write_hdf5(path, found, attributes[quality])
+            else:
+                problems.append(f"{path}: no whole episode; try a larger --transitions or a smaller --num-envs")
+    if problems:
+        fail("; ".join(problems), code=1)
+
+
+def choose_policies(returns: dict[int, float], medium_return: float | None) -> dict[str, list[int]]:
+    """The training steps of each quality's policies, from the evaluated return at each step; [] if none is medium."""
+    trained = [step for step in returns if step > START]
+    expert = max(trained, key=returns.get)
+    if medium_return is None:  # a third of the expert's, counted from the untrained policy's where that is negative
+        base = min(returns[0], returns[expert], 0)
+        medium_return = base + (returns[expert] - base) / 3
+    medium = [step for step in trained if returns[step] >= medium_return][:1]
+    steps = {"random": [0], "medium-replay": medium, "medium": medium, "expert": [expert], "mini": [0, *trained]}
+    return steps | {"medium-expert": [*medium, expert] if medium else []}
+
+
+def collect(quality: str, steps: list[int], replay: np.ndarray, folder: Path, actor: Actor, args: Args) -> np.ndarray:
+    """The transitions of a file: of the policies of some training steps, or of the replay buffer."""
+    if quality == "medium-replay":
+        return whole_episodes(replay[: steps[0]])
+    each = -(-MINI_POOL * args.transitions // len(steps)) if quality == "mini" else args.transitions
+    parts = []
+    for step in steps:
+        actor.load_state_dict(load_checkpoint(folder / f"policy_{step}.pt", "collect_dataset")["actor"])
+        parts.append(record(actor, args, step, transitions=each))
+    rows = np.concatenate(parts)
+    return spread_evenly(rows, args.transitions) if quality == "mini" else rows
+
+
+def record(actor: Actor, args: Args, step: int | None, episodes=0, transitions=0) -> np.ndarray:
+    """Enough whole episodes of a training step's policy, acting by sampling; step None: an evaluation, without noise.
+
+    They are the first to begin: the first to end would be the short ones.
     """
-    trained = [step for step in evaluations if step > 0]
-    expert = max(trained, key=evaluations.get)
-    if medium_return is None:
-        base, best = min(evaluations[0], evaluations[expert], 0), evaluations[expert]
-        medium_return = base + (best - base) / 3
-    medium = [step for step in trained if evaluations[step] >= medium_return][:1]
-    return dict(random=0, expert=expert, **({"medium": medium[0]} if medium else {}))
-
-
-def attributes_of(args: Args, quality: str) -> dict:
-    """What of a file is known before the training."""
-    return dict(quality=quality) | ({} if quality == "medium-replay" else dict(transitions=args.transitions))
-
-
-def plan(args: Args, cfg: dict, files: dict, evaluations: dict[int, float]) -> tuple[list, list[str]]:
-    """What to record: (path, training steps of its policies, attributes) of each file that is not there yet.
-
-    And a line if there is no medium policy for some. Exits 2 if a file is there and of other policies.
-    """
-    levels, jobs, missing = choose_levels(evaluations, args.medium_return), [], []
-    for quality, path in files.items():
-        needs = {"medium-replay": ["medium"], "medium-expert": ["medium", "expert"]}.get(quality, [quality])
-        if quality != "mini" and not set(needs) <= levels.keys():
-            missing.append(quality)
-            continue
-        steps = list(evaluations) if quality == "mini" else [levels[level] for level in needs]
-        policies = dict(policy_step=steps, policy_return=[evaluations[k] for k in steps])
-        attributes = cfg | attributes_of(args, quality) | policies
-        if is_there(path, attributes):
-            print(f"{path} is there already")
-        else:
-            jobs.append((path, steps, attributes))
-    if not missing:
-        return jobs, []
-    best = levels["expert"]
-    return jobs, [
-        f"--medium-return {args.medium_return:g} was never reached (best: {evaluations[best]:.0f} at step {best:,}), so "
-        f"{', '.join(missing)} could not be made; all else is kept, and a larger --total-steps trains on from here"
-    ]
-
-
-def episode_returns(rows: np.ndarray) -> np.ndarray:
-    """(E,) raw return of each episode, of rows that hold whole episodes one after the other."""
-    ends = np.flatnonzero(rows["terminals"] | rows["timeouts"]) + 1
-    return np.add.reduceat(rows["rewards"], np.append(0, ends[:-1]), dtype=np.float64)
+    # the training's episodes have the seeds 10**18 seed + 0, 1, ...; those of an evaluation and of each policy follow
+    seed = args.seed * 10**18 + (1 if step is None else step + 2) * 10**9
+    envs = Episodes(args.env_id, episodes or min(RECORD_ENVS, -(-transitions // HORIZON)), seed)
+    generator = None if step is None else torch.Generator().manual_seed(seed % 2**63)
+    blocks, lengths, whole, total = [], {}, 0, 0  # the first `whole` episodes have ended and hold `total` transitions
+    bar = tqdm(total=transitions, desc=f"policy of step {step}", disable=step is None, leave=False, dynamic_ncols=True)
+    while whole < episodes or total < transitions:
+        lengths.update(zip(envs.number.tolist(), (envs.t + 1).tolist()))
+        blocks.append(envs.step(actor.act(envs.obs, generator)))
+        while whole < envs.number.min() and (whole < episodes or total < transitions):
+            total += lengths[whole]
+            whole += 1
+        bar.update(total - bar.n)
+    bar.close()
+    rows = np.concatenate(blocks)
+    return whole_episodes(rows[rows["episode"] < whole])
 
 
 def whole_episodes(rows: np.ndarray) -> np.ndarray:
@@ -434,49 +353,10 @@ def whole_episodes(rows: np.ndarray) -> np.ndarray:
     return rows[np.argsort(rows["episode"], kind="stable")]
 
 
-def record(
-    actor: Actor, args: Args, step: int | None, stop: "StopSignal", episodes=0, transitions=0, bar=None
-) -> np.ndarray | None:
-    """Whole episodes of the policy of training step `step`, acting by sampling; None: an evaluation, without noise.
-
-    They are the first in the order they begin (not: end, those would be the short ones) that are at least so many and
-    hold at least so many transitions. None if `stop` was requested.
-    """
-    # the training's episodes have the seeds 10**18 seed + 0, 1, ...; those of an evaluation and of each policy follow
-    seed = args.seed * 10**18 + (1 if step is None else step + 2) * 10**9
-    n = episodes or min(RECORD_ENVS, -(-transitions // HORIZON))
-    envs = Episodes(args.env_id, n, seed)
-    generator = None if step is None else torch.Generator().manual_seed(seed % 2**63)
-    blocks, lengths, whole, total = [], {}, 0, 0
-    while whole < episodes or total < transitions:
-        played = envs.t + 1
-        rows = envs.step(actor.act(envs.obs, generator))
-        blocks.append(rows)
-        ended = rows["terminals"] | rows["timeouts"]
-        lengths.update(zip(rows["episode"][ended].tolist(), played[ended].tolist()))
-        while whole in lengths and (whole < episodes or total < transitions):
-            total += lengths[whole]
-            whole += 1
-            if bar is not None:
-                bar.update(lengths[whole - 1])
-        if stop.requested:
-            return None
-    envs.close()
-    rows = np.concatenate(blocks)
-    return whole_episodes(rows[rows["episode"] < whole])
-
-
-def record_policies(folder: Path, steps: list[int], args: Args, spread: bool, name: str, stop) -> np.ndarray | None:
-    """Rows of the policies of some training steps, one after the other; `spread`: chosen from MINI_POOL times as many."""
-    each = -(-MINI_POOL * args.transitions // len(steps)) if spread else args.transitions
-    parts = []
-    with tqdm(total=each * len(steps), unit="transition", desc=name, dynamic_ncols=True) as bar:
-        for step in steps:
-            actor = load_actor(folder / "policies" / f"{step}.pt")
-            parts.append(record(actor, args, step, stop, transitions=each, bar=bar))
-            if stop.requested:
-                return None
-    return spread_evenly(np.concatenate(parts), args.transitions) if spread else np.concatenate(parts)
+def episode_returns(rows: np.ndarray) -> np.ndarray:
+    """(E,) raw return of each episode, of rows that hold whole episodes one after the other."""
+    ends = np.flatnonzero(rows["terminals"] | rows["timeouts"]) + 1
+    return np.add.reduceat(rows["rewards"], np.append(0, ends[:-1]), dtype=np.float64)
 
 
 def spread_evenly(rows: np.ndarray, transitions: int) -> np.ndarray:
@@ -485,53 +365,38 @@ def spread_evenly(rows: np.ndarray, transitions: int) -> np.ndarray:
     lengths = np.diff(ends, prepend=0)
     order = np.random.default_rng(0).permutation(len(ends))
     bin_of = np.digitize(returns[order], np.linspace(returns.min(), returns.max(), MINI_BINS + 1)[1:-1])
-    turn = np.empty(len(order), np.int64)  # how many of the same bin come before
-    for k in range(MINI_BINS):
-        turn[bin_of == k] = np.arange((bin_of == k).sum())
+    turn = [(bin_of[:j] == bin_of[j]).sum() for j in range(len(bin_of))]  # how many of the same bin come before
     order = order[np.argsort(turn, kind="stable")]
     chosen = order[np.cumsum(lengths[order]) <= transitions]
     return rows[np.repeat(np.isin(np.arange(len(ends)), chosen), lengths)]
 
 
-def append_replay(folder: Path, replay: np.ndarray, start: int, stop: int) -> None:
-    """Write rows start to stop of the replay buffer to their place in replay.bin: whatever comes after them is cut off."""
-    with open(folder / "replay.bin", "r+b" if start else "wb") as f:
-        f.truncate(start * replay.itemsize)
-        f.seek(0, os.SEEK_END)
-        f.write(replay[start:stop].tobytes())
+def save_replay(path: Path, replay: np.ndarray) -> int:
+    """Append what replay.bin does not have yet; returns the checksum of all."""
+    with open(path, "ab") as f:
+        f.write(replay[f.tell() // replay.itemsize :].tobytes())
+        f.flush()
+        os.fsync(f.fileno())
+    return zlib.crc32(replay)
 
 
-def read_replay(folder: Path, replay: np.ndarray) -> None:
-    """Fill the rows of `replay` from replay.bin; exits 2 if it has fewer."""
-    path = folder / "replay.bin"
-    found = np.fromfile(path, replay.dtype, len(replay)) if path.exists() else ()
-    if len(found) < len(replay):
-        fail(f"{path}: {len(found):,} rows, resume.pt needs {len(replay):,}; remove the folder to train anew")
+def load_replay(path: Path, replay: np.ndarray, checksum: int) -> None:
+    """Fill the buffer from replay.bin, and cut off what a killed run wrote after its last checkpoint."""
+    path.touch()
+    found = np.fromfile(path, replay.dtype, len(replay))
+    if len(found) < len(replay) or zlib.crc32(found) != checksum:
+        fail(f"{path}: damaged, not the {len(replay):,} transitions of resume.pt; remove {path.parent} to start anew")
+    os.truncate(path, replay.nbytes)
     replay[:] = found
 
 
-def load_actor(path: Path) -> Actor:
-    state = load_checkpoint(path, "collect_dataset")["actor"]
-    bounds = np.zeros(len(state["scale"]))  # the real ones are in the state
-    actor = Actor(state["net.0.weight"].shape[1], bounds, bounds)
-    actor.load_state_dict(state)
-    return actor
-
-
-def dataset_file(args: Args, quality: str) -> Path:
-    name = BODY_IDS.get(args.env_id) or re.sub(r"[^a-z0-9]+", "_", args.env_id.lower())
-    return Path(args.out_dir) / (f"{name}-mini.hdf5" if quality == "mini" else f"{name}-{quality}-local.hdf5")
-
-
 def is_there(path: Path, attributes: dict) -> bool:
-    """Whether the file is there, with these attributes; exits 2 if it is there with others: nothing is overwritten."""
-    if not path.exists():
+    """Whether the file is there, with these attributes; exits 2 if it has others: nothing is overwritten."""
+    if not os.path.lexists(path):
         return False
-    try:
-        with h5py.File(path, "r") as f:
-            found = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in f.attrs.items()}
-    except OSError:
-        found = {}
+    found = {}
+    with contextlib.suppress(OSError), h5py.File(path) as f:
+        found = {k: np.asarray(v).tolist() for k, v in f.attrs.items()}
     differs = [f"{k} {found.get(k)!s:.60} there, {v!s:.60} here" for k, v in attributes.items() if found.get(k) != v]
     if differs:
         fail(f"{path} is there and was made otherwise ({differs[0]}); remove it, or choose another --out-dir")
@@ -539,61 +404,24 @@ def is_there(path: Path, attributes: dict) -> bool:
 
 
 def write_hdf5(path: Path, rows: np.ndarray, attributes: dict) -> None:
-    """D4RL's keys and some attributes; the file appears when it is whole. Says what is in it."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with h5py.File(part, "w") as f:
+    """D4RL's keys and some attributes. Says what is in it."""
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as f:
         for key in D4RL_KEYS:
             f.create_dataset(key, data=rows[key], compression="gzip", shuffle=True)
-        f.attrs.update(attributes)
-        f.attrs["command"] = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    if path.exists():  # it was not when this process began
-        part.unlink()
+        f.attrs.update(attributes | {"command": shlex.join(["python", "data/collect_dataset.py", *sys.argv[1:]])})
+    if os.path.lexists(path):  # it was not when this process began
         fail(f"{path} is there by now: another process has written it; choose another --out-dir")
-    os.replace(part, path)
-    found = episode_returns(rows)
-    print(f"{path}: {len(rows):,} transitions, {len(found):,} episodes, mean return {found.mean():.0f}")
-    counts, edges = np.histogram(found)
+    write_file(path, buffer.getbuffer())
+    returns = episode_returns(rows)
+    counts, edges = np.histogram(returns)
+    print(f"{path}: {len(rows):,} transitions, {len(returns):,} episodes, mean return {returns.mean():.0f}")
     print(f"  episodes per tenth of the range {edges[0]:.0f} .. {edges[-1]:.0f}: {' '.join(map(str, counts))}")
 
 
-def check(args: Args) -> None:
-    """Exits 2 on arguments that cannot work, with one line."""
-    check_seed(args.seed)
-    if not args.qualities:
-        fail("--qualities: name at least one")
-    if args.transitions < 1:
-        fail(f"--transitions {args.transitions}: must be at least 1")
-    if not 1 <= args.num_envs <= LOG_EVERY:
-        fail(f"--num-envs {args.num_envs}: must be between 1 and {LOG_EVERY:,}")
-    first = (START // EVAL_EVERY + 1) * EVAL_EVERY
-    if args.total_steps < first:
-        fail(
-            f"--total-steps {args.total_steps}: must be at least {first:,}, where the first trained policy is evaluated"
-        )
-    try:
-        Path(args.out_dir).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out_dir).close()
-    except OSError as error:
-        fail(f"--out-dir {args.out_dir}: cannot write there ({error.strerror}); choose another")
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            env, limit = make_env(args.env_id), gymnasium.spec(args.env_id).max_episode_steps
-    except Exception as error:  # an unknown name, a package that is missing, an XML file MuJoCo no longer reads
-        fail(f"--env-id {args.env_id}: {' '.join(str(error).split())}")
-    obs, act = env.observation_space, env.action_space
-    box = gymnasium.spaces.Box
-    if not isinstance(obs, box) or not isinstance(act, box) or len(obs.shape) != 1 or len(act.shape) != 1:
-        fail(f"--env-id {args.env_id}: observations {obs} and actions {act}; SAC here needs a vector of each, in R")
-    if not np.isfinite([act.low, act.high]).all():
-        fail(f"--env-id {args.env_id}: actions {act} are unbounded")
-    if not limit:
-        fail(f"--env-id {args.env_id}: no time limit, so episodes may never end; register it with max_episode_steps")
-    env.close()
+# ======== shared: setup ========
 
-
-# ======== shared: setup (the same text in collect_dataset.py, pretrain_q.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
-
-FORMAT = 3  # of the checkpoint files
+FORMAT = 4  # of the checkpoint files
 HORIZON = 1000  # steps after which Gymnasium and D4RL cut an episode
 
 
@@ -603,92 +431,138 @@ def fail(message: str, code: int = 2):
     sys.exit(code)
 
 
-def check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**31:
-        fail(f"--seed {seed}: must be between 0 and 2**31 - 1")
+def one_line(error: BaseException) -> str:
+    return f"{' '.join(str(error).split()) or type(error).__name__:.300}"
 
 
-def save_checkpoint(path: Path, payload: dict) -> None:
-    """Write a checkpoint whole or not at all."""
-    torch.save(payload, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+def run(main) -> None:
+    """main(), where Ctrl-C (exit 130), NaN and errors of the system (exit 1: disk, memory, ...) are one line."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # None where it was closed
+        stream.reconfigure(line_buffering=True, errors="replace")
+        setattr(sys, name, stream)
+    try:
+        main()
+    except (KeyboardInterrupt, OSError, MemoryError, FloatingPointError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):  # how torch says that there is not enough
+            raise  # a bug
+        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error)
+        fail("; ".join([reason, *getattr(error, "__notes__", ())]), code=130 if reason == "interrupted" else 1)
+
+
+def check_args(args, lowest: dict) -> None:
+    """ValueError, which tyro reports, for a number outside lowest.get(name, 0) .. 1e9 or a bad --exp-name."""
+    if not re.fullmatch(r"\w[\w.-]*", args.exp_name, re.ASCII):
+        raise ValueError(f"--exp-name {args.exp_name!r}: letters, digits and . _ - only, a letter or digit first")
+    for name, value in vars(args).items():
+        for x in value if isinstance(value, tuple) else (value,):
+            if isinstance(x, int | float) and not lowest.get(name, 0) <= x <= 1e9:
+                raise ValueError(f"--{name.replace('_', '-')} {x}: must be between {lowest.get(name, 0):g} and 1e9")
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save(content | {"format": FORMAT}, buffer)
+    write_file(path, buffer.getbuffer())
 
 
 def load_checkpoint(path: Path, stage: str) -> dict:
     """Read a checkpoint of one stage onto the CPU, without unpickling; exits 2 on anything else."""
-    if not path.is_file():
-        fail(f"{path}: no such checkpoint")
     try:
-        with warnings.catch_warnings(action="ignore"):  # torch comments on foreign pickles; the line below is enough
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch raises a dozen kinds for truncated, foreign and pickled files
-        fail(f"{path}: not a readable checkpoint (truncated, or not written by {stage}.py)")
-    if not isinstance(checkpoint, dict) or checkpoint.get("stage") != stage:
-        found = checkpoint.get("stage") if isinstance(checkpoint, dict) else None
-        fail(f"{path}: a checkpoint of {found or 'something else'}, not of {stage}.py")
-    if checkpoint.get("format") != FORMAT:
-        fail(f"{path}: checkpoint format {checkpoint.get('format')}, this version reads {FORMAT}; train it again")
-    return checkpoint
+        with open(path, "rb") as f, warnings.catch_warnings(action="ignore"):  # torch comments on foreign pickles
+            if zipfile.ZipFile(f).testzip():  # torch itself does not verify the checksums
+                raise ValueError("damaged")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            if content["stage"] != stage or content["format"] != FORMAT:
+                fail(f"{path}: of {content['stage']}.py in format {content['format']}, not of {stage}.py in {FORMAT}")
+            return content
+    except OSError as error:
+        fail(f"{path}: {error.strerror or one_line(error)}")
+    except Exception:  # zipfile and torch raise a dozen kinds for truncated, foreign and pickled files
+        fail(f"{path}: damaged, or not a checkpoint of {stage}.py")
 
 
 # ======== end of shared: setup ========
 
-# ======== shared: run (the same text in collect_dataset.py, pretrain_q.py, train_qalign_dt.py) ========
+# ======== shared: run ========
 
 
-def check_same_run(folder: Path, file: str, stage: str, cfg: dict, data_hash: str | None) -> dict | None:
-    """A run is what its configuration says: the checkpoint `file` in folder if it is of this run, None if there is none.
-
-    Exits 2 if the folder holds another configuration or other data. A key that only one side knows is not compared.
-    """
-    for name in (file, "resume.pt"):
-        if not (folder / name).exists():
-            continue
-        found = load_checkpoint(folder / name, stage)
-        theirs, ours = found["config"] | {"data": found["data"].get("hash")}, cfg | {"data": data_hash}
-        if differs := [f"{k} {theirs[k]} there, {ours[k]} here" for k in ours if k in theirs and theirs[k] != ours[k]]:
-            fail(f"{folder} holds another run ({'; '.join(differs)}); choose another --exp-name, or remove the folder")
-        if name == file:
-            return found
-    return None
-
-
-def claim(folder: Path) -> filelock.FileLock:
-    """Make the run folder and lock it until this process ends in whatever way; exits 2 if another one writes there."""
+@contextlib.contextmanager
+def claim(folder: Path):
+    """Make the run folder and hold its lock; exits 2 if another process does. Removes leftover temporary files."""
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / ".lock")
-        lock.acquire(timeout=0)
+        with filelock.FileLock(folder / ".lock", timeout=0):
+            for left in folder.glob("*.tmp"):
+                left.unlink()
+            yield
     except filelock.Timeout:
         fail(f"{folder}: another process is writing this run; wait for it, or choose another --exp-name or --seed")
-    except OSError as error:
-        fail(f"{folder}: cannot write there ({error.strerror or error}); choose another --runs-dir")
-    return lock
+    except BaseException as error:
+        saved = f"{folder}/resume.pt is the last good state" if (folder / "resume.pt").exists() else "nothing was saved"
+        error.add_note(f"{saved}; the same command continues")
+        raise
 
 
-def save_resume(
-    folder: Path, stage: str, cfg: dict, data: dict, parts: dict, meters: "Meters", generator, counters: dict
-) -> None:
-    """What a killed run needs to go on (on a CPU bit for bit), random streams (dropout's is torch's) included."""
-    cuda = torch.cuda.get_rng_state() if generator.device.type == "cuda" else None
-    save_checkpoint(folder / "resume.pt", dict(
-        stage=stage, format=FORMAT, config=cfg, data=data, meters=meters.sums, meters_count=meters.count,
-        rng={"generator": generator.get_state(), "torch": torch.get_rng_state(), "cuda": cuda},
-        **{name: part.state_dict() for name, part in parts.items()}, **counters,
-    ))  # fmt: skip
+def load_own(path: Path, stage: str, identity: dict) -> dict | None:
+    """The run's own checkpoint, None if there is none; exits 2 if it is of another configuration or other data."""
+    if not os.path.lexists(path):
+        return None
+    content = load_checkpoint(path, stage)
+    theirs = content.get("config", {})
+    differs = [f"{k} {theirs.get(k)} there, {ours} here" for k, ours in identity.items() if theirs.get(k) != ours]
+    if differs:
+        fail(f"{path} is of another run ({'; '.join(differs[:3])}); choose another --exp-name, or remove {path.parent}")
+    return content
 
 
-def restore(state: dict, parts: dict, meters: "Meters", generator: torch.Generator) -> None:
-    """The reverse of save_resume, but for the counters."""
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    meters.sums.copy_(state["meters"])
-    meters.count = state["meters_count"]
-    generator.set_state(state["rng"]["generator"])
-    torch.set_rng_state(state["rng"]["torch"])
-    if state["rng"]["cuda"] is not None:
-        torch.cuda.set_rng_state(state["rng"]["cuda"])
-    print(f"continuing at step {state['step']:,}")
+def check_finite(learner, sums: torch.Tensor, step: int) -> None:
+    """FloatingPointError on NaN and infinity: a bad state never replaces a good one."""
+    weights = [p for part in learner.parts.values() if isinstance(part, nn.Module) for p in part.parameters()]
+    if not all(x.isfinite().all() for x in (sums, *weights)):
+        raise FloatingPointError(f"step {step:,}: a loss or weight is NaN or infinite; try a lower learning rate")
+
+
+def save_resume(folder: Path, content: dict, learner, sums: torch.Tensor) -> None:
+    """What a killed run needs to continue (on a CPU bit for bit): networks, optimisers, random streams, counters."""
+    check_finite(learner, sums, content["counters"]["step"])
+    cuda = torch.cuda.get_rng_state() if sums.is_cuda else torch.zeros(0)
+    content["random"], content["sums"] = (learner.generator.get_state(), torch.get_rng_state(), cuda), sums
+    save_checkpoint(folder / "resume.pt", content | {name: part.state_dict() for name, part in learner.parts.items()})
+
+
+def restore(content: dict, path: Path, learner, sums: torch.Tensor, total_steps: int) -> dict:
+    """The reverse of save_resume; returns the counters. Exits 2 on a state that cannot be of this run."""
+    try:
+        for name, part in learner.parts.items():
+            part.load_state_dict(content[name])
+            for group in getattr(part, "param_groups", ()):
+                group["lr"] = torch.as_tensor(group["lr"]).to(sums.device)
+        sums.copy_(content["sums"])
+        generator, cpu, cuda = content["random"]
+        learner.generator.set_state(generator)
+        torch.set_rng_state(cpu)
+        if sums.is_cuda:
+            torch.cuda.set_rng_state(cuda)
+        check_finite(learner, sums, content["counters"]["step"])
+        if content["counters"]["step"] not in range(total_steps + 1):
+            raise ValueError(f"step {content['counters']['step']}")
+        return content["counters"]
+    except (ArithmeticError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        fail(f"{path}: not a state of this run ({one_line(error)}); remove it to start anew")
 
 
 @torch.no_grad()
@@ -697,180 +571,41 @@ def ema_update(target: nn.Module, online: nn.Module, tau: float) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
 
 
-class Meters:
-    """Sums of named values on the device, so that no step waits for it, and the first step that was not finite."""
+class Log:
+    """Rows that resume.pt keeps, written to <name>.csv and as TensorBoard scalars."""
 
-    def __init__(self, names: list[str], device: torch.device):
-        self.names, self.count = names, 0
-        self.sums = torch.zeros(len(names), device=device)
-        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
-
-    def add(self, values: torch.Tensor, step: int) -> None:  # (len(names),)
-        self.sums += values
-        self.count += 1
-        self.first_bad = torch.where((self.first_bad < 0) & ~values.isfinite().all(), step, self.first_bad)
-
-    def means(self) -> dict[str, float]:
-        """Mean of each value since the last call."""
-        row = dict(zip(self.names, (self.sums / max(self.count, 1)).tolist()))
-        self.sums.zero_()
-        self.count = 0
-        return row
-
-    def check(self, bar: tqdm, folder: Path, lower: str) -> None:
-        """Exit 1 if a value was NaN or infinite; resume.pt then still is the last good state."""
-        if self.first_bad >= 0:
-            bar.close()
-            kept = (
-                f"{folder}/resume.pt is the last good state" if (folder / "resume.pt").exists() else "nothing was saved"
-            )
-            bad = f"step {int(self.first_bad) + 1}: a loss or its gradient became NaN or infinite"
-            fail(f"{bad}; stopped, {kept}; try a lower {lower}", code=1)
-
-
-class StopSignal:
-    """Makes the first Ctrl-C or SIGTERM a flag that is read between two steps; a second one stops at once."""
-
-    def __init__(self):
-        self.requested = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.request)
-
-    def request(self, number, frame):
-        self.requested = True
-        signal.signal(number, signal.SIG_DFL)
-
-
-class MetricsLog:
-    """A CSV file and TensorBoard scalars. On resuming, rows after the step that the checkpoint knows are dropped."""
-
-    def __init__(self, path: Path, fields: list[str], last_step: int):
+    def __init__(self, folder: Path, name: str, rows: list[dict]):
         from torch.utils.tensorboard import SummaryWriter  # imported here: it takes a second
 
-        rows = []
-        if path.exists():
-            with open(path, newline="") as f:
-                rows = [row for row in csv.DictReader(f) if int(row["step"]) <= last_step]
-        with open(f"{path}.tmp", "w", newline="") as f:
-            writer = csv.DictWriter(f, fields)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(f"{path}.tmp", path)
-        self.file = open(path, "a", newline="")
-        self.csv = csv.DictWriter(self.file, fields)
-        self.tensorboard = SummaryWriter(
-            path.parent / "tensorboard" / path.stem, purge_step=last_step + 1 if last_step > 0 else None
-        )
+        self.file, self.rows, purge_step = folder / f"{name}.csv", rows, rows[-1]["step"] + 1 if rows else None
+        self.tensorboard = SummaryWriter(folder / "tensorboard" / name, purge_step=purge_step)
 
     def write(self, row: dict) -> None:
-        self.csv.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-        self.file.flush()
+        self.rows.append(row)
+        lines = [",".join(f"{x:.6g}" if isinstance(x, float) else str(x) for x in row.values()) for row in self.rows]
+        write_file(self.file, "\n".join([",".join(row), *lines, ""]).encode())
         for name, value in row.items():
-            if name != "step":
-                self.tensorboard.add_scalar(name, value, row["step"])
-
-    def close(self) -> None:
-        self.file.close()
-        self.tensorboard.close()
+            self.tensorboard.add_scalar(name, value, row["step"])
 
 
 # ======== end of shared: run ========
 
-# ======== shared: simulator (the same text in collect_dataset.py, train_qalign_dt.py, evaluate_alignment.py, transfer_cheetah_vel.py) ========
-
-BODY_IDS = {"Hopper-v4": "hopper", "HalfCheetah-v4": "halfcheetah", "Walker2d-v4": "walker2d", "Ant-v4": "ant"}
+# ======== shared: environment ========
 
 
 def make_env(env_id: str):
-    """Gymnasium's v4 environment without its known warnings, and without MuJoCo's MUJOCO_LOG.TXT about them."""
+    """Gymnasium's environment without its time limit, its known warnings, and MuJoCo's MUJOCO_LOG.TXT about them."""
+    import mujoco  # imported here: a bad MUJOCO_GL stops it
+
     known = "'settotalmass' is deprecated"  # a remark on Gymnasium's half_cheetah.xml
-    mujoco.set_mju_user_warning(
-        lambda message: None if known in message else warnings.warn(f"MuJoCo: {message}", stacklevel=2)
-    )
+    mujoco.set_mju_user_warning(lambda text: None if known in text else warnings.warn(f"MuJoCo: {text}", stacklevel=2))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is out of date. You should consider upgrading to version `v5`")
         return gymnasium.make(env_id).unwrapped
 
 
-class Simulator:
-    """n copies of a body in BODY_IDS (Gymnasium's v4), advanced in lockstep by as many threads as torch uses.
-
-    Initial states are those of env.reset(seed); observations, rewards and terminations those of env.step, without its
-    time limit. Ant's observation is padded with zeros to D4RL's 111 numbers.
-    """
-
-    def __init__(self, env_id: str, seeds):
-        self.env = env = make_env(env_id)
-        self.body, self.model, self.frame_skip, self.dt = BODY_IDS[env_id], env.model, env.frame_skip, env.dt
-        self.sims = [None] * len(seeds)
-        self.qpos, self.qvel = np.zeros((len(seeds), self.model.nq)), np.zeros((len(seeds), self.model.nv))
-        self.reset(range(len(seeds)), seeds)
-        self.threads = torch.get_num_threads()
-        self.pool = ThreadPoolExecutor(self.threads)
-
-    def reset(self, index, seeds) -> None:
-        """Start some of the simulations anew, each with its seed."""
-        for i, seed in zip(index, seeds):
-            self.env.reset(seed=int(seed))
-            self.sims[i] = copy.copy(self.env.data)  # MjData copies itself whole
-            self.qpos[i], self.qvel[i] = self.sims[i].qpos, self.sims[i].qvel
-
-    def close(self) -> None:
-        self.pool.shutdown()
-        self.env.close()
-
-    def observe(self, index) -> np.ndarray:
-        """(m, obs_dim) float64: the observations of some of the simulations."""
-        qpos, qvel = self.qpos[index], self.qvel[index]
-        if self.body == "ant":
-            return np.concatenate([qpos[:, 2:], qvel, np.zeros((len(qpos), 111 - 27))], axis=1)
-        return np.concatenate([qpos[:, 1:], qvel if self.body == "halfcheetah" else qvel.clip(-10, 10)], axis=1)
-
-    def x_position(self, index) -> np.ndarray:
-        """(m,) what each environment's forward velocity is the difference of."""
-        if self.body == "ant":  # Gymnasium reads the torso's frame, which MuJoCo computed before its last substep
-            torso = self.model.body("torso").id
-            return np.array([self.sims[i].xpos[torso, 0] for i in index])
-        return self.qpos[index, 0]
-
-    def advance(self, index, actions) -> None:
-        for i, action in zip(index, actions):
-            sim = self.sims[i]
-            sim.ctrl[:] = action
-            mujoco.mj_step(self.model, sim, self.frame_skip)
-            self.qpos[i], self.qvel[i] = sim.qpos, sim.qvel
-
-    def step(self, index, actions):
-        """One env.step of the simulations `index` (m,), given actions (m, act_dim).
-
-        Returns observations (m, obs_dim), rewards, terminated and forward velocities in m/s, each (m,).
-        """
-        before = self.x_position(index)
-        n = min(self.threads, len(index))
-        list(self.pool.map(self.advance, np.array_split(index, n), np.array_split(actions, n)))
-        velocity = (self.x_position(index) - before) / self.dt
-        effort = np.square(actions).sum(axis=1)
-        state = np.concatenate([self.qpos[index], self.qvel[index]], axis=1)
-        z, angle = state[:, 1], state[:, 2]
-        if self.body == "halfcheetah":
-            reward, healthy = velocity - 0.1 * effort, np.ones(len(index), bool)
-        elif self.body == "hopper":
-            reward = velocity + 1.0 - 1e-3 * effort
-            healthy = (np.abs(state[:, 2:]) < 100).all(axis=1) & (z > 0.7) & (np.abs(angle) < 0.2)
-        elif self.body == "walker2d":
-            reward = velocity + 1.0 - 1e-3 * effort
-            healthy = (z > 0.8) & (z < 2.0) & (np.abs(angle) < 1.0)
-        else:  # ant
-            reward = velocity + 1.0 - 0.5 * effort
-            healthy = np.isfinite(state).all(axis=1) & (state[:, 2] >= 0.2) & (state[:, 2] <= 1.0)
-        return self.observe(index), reward, ~healthy, velocity
-
-
-# ======== end of shared: simulator ========
+# ======== end of shared: environment ========
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        fail("interrupted", code=130)
+    run(main)

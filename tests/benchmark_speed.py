@@ -3,12 +3,11 @@
     python tests/benchmark_speed.py              # under 5 minutes on two CPU cores
     python tests/benchmark_speed.py --full       # also torch.compile on CPU, more repeats and a whole sweep
 
-Measures the training step of stage 2 at paper size and at hopper-mini's preset, stage 1's step, the RTG sweep of stage 3
-split into policy and simulator, start-up times and peak memory. The ceiling is a plain matrix product, measured before and
-after in the same run. Appends one JSON object to --out and prints it as a table.
+Measures the training step of stage 2 at paper size and at hopper-mini's sizes, stage 1's step, the RTG sweep of stage 3
+split into policy and simulator, start-up times and peak memory. The ceiling is a plain matrix product, measured before
+and after in the same run. Appends one JSON object to --out and prints it as a table.
 """
 
-import gc
 import json
 import os
 import platform
@@ -17,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +27,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import evaluate_alignment as stage3  # noqa: E402
 import pretrain_q as stage1  # noqa: E402
 import train_qalign_dt as stage2  # noqa: E402
 
@@ -37,46 +37,39 @@ TARGETS, ROLLOUTS = 33, 30  # of the sweep that is timed
 FORWARDS = 1 + 2 * 3
 
 
-@dataclass
+@dataclass(frozen=True)
 class Args:
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where to measure; auto takes CUDA if there is one"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to measure; auto takes CUDA if there is one
+    # also torch.compile on CPU, more repeats, and a whole sweep of HalfCheetah (about an hour on two CPU cores)
     full: bool = False
-    """also torch.compile on CPU, more repeats, and a whole sweep of HalfCheetah (about an hour on two CPU cores)"""
-    out: str = str(ROOT / "results" / "speed.jsonl")
-    """file that the result is appended to"""
+    out: str = str(ROOT / "results" / "speed.jsonl")  # file that the result is appended to
 
 
 def hardware(device: torch.device) -> dict:
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu, info = platform.processor(), Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text().splitlines()
         cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
-    units = [x for x in ("amx_bf16", "avx512_bf16") if getattr(torch.cpu, "get_capabilities", dict)().get(x)]
-    return dict(
-        cpu=f"{cpu} ({', '.join(units) or 'no bfloat16 units'})",
-        threads=torch.get_num_threads(),
-        gpu=torch.cuda.get_device_name() if device.type == "cuda" else None,
-        torch=torch.__version__,
-        python=platform.python_version(),
-    )
-
-
-def sync(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    units = [x for x in ("amx_bf16", "avx512_bf16") if torch.cpu.get_capabilities().get(x)]
+    return {
+        "cpu": f"{cpu} ({', '.join(units) or 'no bfloat16 units'})",
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def seconds(call, device: torch.device, repeats: int, warm_up: int = 1) -> list[float]:
     """The time of each repeat; on CUDA, where calls return at once, one number: that of all repeats, divided."""
     for _ in range(warm_up):
         call()
-    sync(device)
     if device.type == "cuda":
+        torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(repeats):
             call()
-        sync(device)
+        torch.cuda.synchronize()
         return [(time.perf_counter() - start) / repeats]
     times = []
     for _ in range(repeats):
@@ -93,83 +86,73 @@ def ceiling(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / min(min(seconds(lambda: a @ b, device, 10)) for _ in range(3 if device.type == "cuda" else 1))
 
 
-def learner(data, task, device, compile=False, **changes) -> stage2.CoTraining:
-    """Stage 2's co-training on hopper-mini, as its main makes it."""
-    args = replace(stage2.Args(), **changes)
-    cfg = stage2.resolve(args, task)
-    cfg |= dict(
-        rtg_range=task.rtg_range, max_timestep=stage2.HORIZON, precision=args.precision, q_scale=1.0, gamma=0.99
-    )
-    windows = stage2.Windows(data, task, cfg["context_len"], device)
-    return stage2.CoTraining(task, windows, cfg, compile=compile)
+def forward_flop(sizes: dict, windows: int, rollout: bool = False) -> float:
+    """Of the transformer's blocks, App. D.1: projections, convolution, attention, MLP; two for each multiplication.
+
+    In a rollout the last block only computes keys and values of all tokens.
+    """
+    D, T = sizes["embed_dim"], 3 * sizes["context_len"]
+    block, last = D * (30 * D + 2 * T), D * 15 * D
+    return 2 * windows * T * (block * (sizes["n_layer"] - rollout) + last * rollout)
 
 
-def forward_flop(cfg: dict, windows: int, rollout: bool = False) -> float:
-    """Of the transformer's blocks, App. D.1: projections, convolution, attention and MLP; two for each multiplication.
-    In a rollout the last block only computes keys and values of all tokens."""
-    D, T, conv = cfg["embed_dim"], 3 * cfg["context_len"], cfg["conv"]
-    block, last = D * (12 * D + 18 * D * conv + 2 * T), D * (3 * D + 12 * D * conv)
-    return 2 * windows * T * (block * (cfg["n_layer"] - rollout) + last * rollout)
-
-
-def training_step(data, task, device, sizes: dict, precision, compile, graph, repeats) -> tuple[float, float]:
-    """Median seconds of one step of Algorithm 1 with its metrics, and its arithmetic in FLOP (the transformer's alone)."""
+def training_step(data, task, device, sizes: dict, precision, compiled, graph, repeats) -> tuple[float, float]:
+    """Median seconds of one step of Algorithm 1 with its metrics, and the transformer's arithmetic in FLOP."""
     torch._dynamo.reset()  # an earlier variant's shapes must not make this one's symbolic
-    co = learner(data, task, device, compile, precision=precision, **sizes)
-    step = stage2.CudaGraph(co.step, co.generator) if graph else co.step
-
-    meters = stage2.Meters(co.metrics, device)
+    config = stage2.resolve(stage2.Args(precision=precision, compile=compiled, **sizes), task, data, device)
+    learner = stage2.CoTraining(task, stage2.Windows(data, task, config.context_len, device), config)
+    step = stage2.cuda_graph(learner.step, learner.generator).__next__ if graph else learner.step
+    sums = torch.zeros(len(learner.metrics), device=device)
 
     def call():
-        co.schedule(0)
-        meters.add(step(), 0)
+        learner.set_learning_rates(0)
+        sums.add_(step())
 
     times = seconds(call, device, repeats, warm_up=10 if device.type == "cuda" else 1)
-    return statistics.median(times), FORWARDS * forward_flop(co.cfg, co.cfg["batch_size"])
+    return statistics.median(times), FORWARDS * forward_flop(vars(config), config.batch_size)
 
 
-def pretraining_step(data, task, device, width, compile, graph, repeats) -> tuple[float, float]:
-    """Median seconds of one step of stage 1's SARSA at batch 512, and its arithmetic: one pass of Q', three of Q."""
-    torch._dynamo.reset()
-    cfg = stage1.resolve(replace(stage1.Args(), critic_width=width), task)
-    pre = stage1.Pretraining(task, stage1.Transitions(data, task, device, cfg["gamma"]), cfg, compile)
-    step = stage1.CudaGraph(pre.step, pre.generator) if graph else pre.step
-    meters = stage1.Meters(pre.metrics, device)
+def pretraining_step(data, task, device, repeats) -> tuple[float, float]:
+    """Median seconds of one step of stage 1's SARSA, width 256, and its arithmetic: one pass of Q', three of Q."""
+    args = stage1.resolve(stage1.Args(critic_width=256, warm_start_steps=0), task, device)
+    learner = stage1.Pretraining(task, stage1.Transitions(data, task, device, args.gamma), args)
+    sums = torch.zeros(len(learner.metrics), device=device)
 
-    def two_steps():
-        for move_target in (True, False):
-            meters.add(step(False, move_target), 0)
+    def two_steps():  # of which one moves the target
+        for step in range(2):
+            sums.add_(learner.step(step))
 
     times = seconds(two_steps, device, repeats, warm_up=10)
-    one_pass = 2 * cfg["batch_size"] * sum(p.numel() for p in pre.critic.weights)
-    return statistics.median(times) / 2, 4 * one_pass
+    return statistics.median(times) / 2, 4 * 2 * args.batch_size * sum(p.numel() for p in learner.critic.weights)
+
+
+def make_policy(task, sizes: dict, precision: str, device):
+    config = sizes | dict(max_timestep=stage3.HORIZON, conv=True)
+    return stage3.make_policy(task, config, precision == "bf16").to(device).eval()
 
 
 def sweep_step(task, device, precision, sizes: dict, repeats: int) -> dict:
     """Seconds of one lockstep step of the sweep, all rollouts alive: the policy's share and the simulator's."""
     n, K = TARGETS * ROLLOUTS, sizes["context_len"]
-    cfg = dict(sizes, max_timestep=stage2.HORIZON, conv=True)
-    policy = stage2.make_policy(task, cfg, precision == "bf16").to(device).eval()
-    x = (torch.randn(n, K, device=device), torch.randn(n, K, task.obs_dim, device=device))
-    x += (torch.zeros(n, K, task.act_dim, device=device), torch.arange(K, device=device).expand(n, K))
-    x += (torch.ones(n, K, dtype=torch.bool, device=device),)
+    policy = make_policy(task, sizes, precision, device)
+    rtg, obs = torch.randn(n, K, device=device), torch.randn(n, K, task.obs_dim, device=device)
+    act, timestep = torch.zeros(n, K, task.act_dim, device=device), torch.arange(K, device=device).expand(n, K)
+    context = rtg, obs, act, timestep, torch.ones(n, K, dtype=torch.bool, device=device)
     with torch.no_grad():
-        policy_time = statistics.median(seconds(lambda: policy.act(*x).cpu(), device, repeats))
-    simulator, everyone = stage2.Simulator(task.env_id, range(n)), np.arange(n)
+        policy_time = statistics.median(seconds(lambda: policy.act(*context).cpu(), device, repeats))
+    simulator, everyone = stage3.Simulator(task.env_id, range(n)), np.arange(n)
     actions = np.random.default_rng(0).uniform(-0.3, 0.3, (n, task.act_dim))
     simulator_time = statistics.median(seconds(lambda: simulator.step(everyone, actions), torch.device("cpu"), 20))
-    simulator.close()
     return dict(policy=policy_time, simulator=simulator_time)
 
 
 def whole_sweep(device, precision) -> float:
-    """Seconds of 33 x 30 rollouts of HalfCheetah, which never falls, 1,000 steps each, by an untrained paper-size policy."""
-    task = stage2.parse_env("halfcheetah-medium-benchmark")
-    cfg = dict(PAPER, max_timestep=stage2.HORIZON, conv=True)
-    policy = stage2.make_policy(task, cfg, precision == "bf16").to(device)
+    """Seconds of 33 x 30 rollouts of HalfCheetah, which never falls, 1,000 steps each, by an untrained policy."""
+    task = stage3.parse_env("halfcheetah-medium-benchmark")
+    content = dict(config=PAPER, obs_mean=torch.zeros(task.obs_dim), obs_std=torch.ones(task.obs_dim))
+    trained = stage3.Trained(Path(), task, make_policy(task, PAPER, precision, device), None, content)
     targets, start = np.repeat(np.linspace(0, 1e4, TARGETS), ROLLOUTS), time.perf_counter()
-    mean, std = torch.zeros(task.obs_dim), torch.ones(task.obs_dim)
-    stage2.rollout(policy, task, targets, range(len(targets)), PAPER["context_len"], mean, std)
+    stage3.rollout(trained, targets, range(len(targets)), stage3.HORIZON, "whole sweep")
     return time.perf_counter() - start
 
 
@@ -181,133 +164,130 @@ def child(*command) -> str:
 
 
 def start_up(device: torch.device, folder: str) -> dict:
-    """Seconds: importing the packages, each stage's --help, and a one-step DT at the small preset (no compilation)."""
+    """Seconds: importing the packages, each stage's --help, and a one-step DT at the small sizes."""
 
     def wall(*command) -> float:
         return min(seconds(lambda: child(*command), torch.device("cpu"), 3))
 
-    stages = "collect_dataset.py", "pretrain_q.py", "train_qalign_dt.py", "evaluate_alignment.py"
-    once = ["train_qalign_dt.py", "--lambda-e", "0", "--total-steps", "1", "--eval-every", "0", "--no-compile"]
+    once = ["train_qalign_dt.py", "--lambda-e", "0", "--total-steps", "1", "--eval-every", "0"]
     start = time.perf_counter()
     child(*once, "--device", device.type, "--runs-dir", folder)
     first_step = time.perf_counter() - start
+    stages = "data/collect_dataset.py", "pretrain_q.py", "train_qalign_dt.py", "evaluate_alignment.py"
     imports = wall("-c", "import torch, gymnasium, mujoco, h5py")
     return dict(imports=imports, help=max(wall(stage, "--help") for stage in stages), first_step=first_step)
 
 
 def memory(device: torch.device, folder: str) -> dict:
-    """Bytes: a file of 2,000,000 transitions; what reading it and laying it out adds to the host's peak beyond the imports
-    (read from Linux's VmHWM); on CUDA also the peak of the device with them in training steps at paper size."""
-    n, episode, rng = 2_000_000, 1000, np.random.default_rng(0)
-    path = Path(folder) / "two_million.hdf5"
+    """Bytes, with a file of 2,000,000 transitions.
+
+    Its arrays; what reading it and laying it out adds to the host's peak (Linux's VmHWM); on CUDA also the device's peak
+    in training steps at paper size.
+    """
+    n, rng, path = 2_000_000, np.random.default_rng(0), Path(folder) / "two_million.hdf5"
     with h5py.File(path, "w") as f:
         for key, width in dict(observations=11, actions=3).items():
             f[key] = rng.uniform(-1, 1, (n, width)).astype(np.float32)
         f["rewards"] = rng.uniform(size=n).astype(np.float32)
-        f["terminals"], f["timeouts"] = np.zeros(n, bool), np.arange(n) % episode == episode - 1
+        f["terminals"], f["timeouts"] = np.zeros(n, bool), np.arange(n) % 1000 == 999
         size = sum(x.nbytes for x in (f[key][()] for key in f))
     program = (
         "import re, sys, torch, train_qalign_dt as s;"
         "peak = lambda: 1024 * int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]);"
-        "s.keep_freed_memory(); before = peak(); t = s.parse_env('hopper-medium-benchmark');"
+        "before = peak(); t = s.parse_env('hopper-medium-benchmark');"
         "d = s.read_dataset(t, (sys.argv[1],)); w = s.Windows(d, t, 20, torch.device('cpu')); print(peak() - before)"
     )
     result = dict(arrays=size, host=int(child("-c", program, str(path))), cuda=None)
     if device.type == "cuda":
-        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         task = stage2.parse_env("hopper-medium-benchmark")
-        data = stage2.read_dataset(task, (str(path),))
-        training_step(data, task, device, PAPER, "bf16", True, True, 5)
+        training_step(stage2.read_dataset(task, (str(path),)), task, device, PAPER, "bf16", True, True, 5)
         result["cuda"] = torch.cuda.max_memory_reserved()
     return result
 
 
-def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
-    device = stage2.pick_device(args.device)
+def measure(args: Args, device: torch.device, say) -> dict:
     cuda, precision = device.type == "cuda", "bf16" if stage2.use_bf16("auto", device) else "fp32"
-    stage2.keep_freed_memory()
     task = stage2.parse_env("hopper-mini")
     data = stage2.read_dataset(task, ())
+    small = {name: size for name, size in stage2.SMALL.items() if name in PAPER}
+    sizes_of = {"paper size": PAPER, "hopper-mini": small}
     result = hardware(device) | {"device": device.type, "full": args.full}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     changed = subprocess.run(["git", "status", "--porcelain", "*.py"], cwd=ROOT, capture_output=True, text=True)
     result["commit"] = commit.stdout.strip() + "+" * bool(changed.stdout)
     rates = {name: ceiling(device, getattr(torch, name)) for name in ("float32", "bfloat16")}
-
-    def say(text: str) -> None:
-        print(text, flush=True)
-
     say(f"{result['gpu'] or result['cpu']}, {result['threads']} CPU threads, torch {result['torch']}")
-    variants = [("eager float32", "fp32", False, False), ("bfloat16", "bf16", False, False)]
+
+    variants = [("eager float32", "fp32", False, False), ("bfloat16", "bf16", False, False)]  # name ..., compile, graph
     if args.full or cuda:
         variants += [("torch.compile", "fp32", True, False), ("bfloat16, torch.compile", "bf16", True, False)]
     if cuda:
         variants += [("bfloat16, CUDA graph", "bf16", False, True)]
         variants += [("bfloat16, torch.compile, CUDA graph", "bf16", True, True)]
-    small = {k: v for k, v in stage2.MINI.items() if k in PAPER}
-    steps = []
-    for size, sizes in (("paper size", PAPER), ("hopper-mini", small)):
-        for name, precision, compile, graph in variants:
-            slow = not cuda and sizes is PAPER
-            repeats = 100 if cuda else (5 if args.full else 2) if slow else 20
-            time_, flop = training_step(data, task, device, sizes, precision, compile, graph, repeats)
-            steps.append(dict(size=size, variant=name, ms=1e3 * time_, flop=flop, precision=precision))
+    steps, critics, sweeps = [], [], []
+    for size, sizes in sizes_of.items():
+        for name, *variant in variants:
+            repeats = 100 if cuda else 20 if sizes is small else 5 if args.full else 2
+            time_, flop = training_step(data, task, device, sizes, *variant, repeats)
+            steps.append(dict(size=size, variant=name, ms=1e3 * time_, flop=flop, precision=variant[0]))
             say(f"training step, {size}, {name}: {1e3 * time_:.1f} ms")
-    critics = []
-    for name, compile, graph in [("eager", False, False)] + [("torch.compile, CUDA graph", True, True)] * cuda:
-        time_, flop = pretraining_step(data, task, device, 256, compile, graph, 2000 if cuda else 100)
-        critics.append(dict(variant=name, ms=1e3 * time_, flop=flop))
-        say(f"critic pretraining, batch 512, width 256, {name}: {1e3 * time_:.2f} ms")
-    sweeps = []
-    for size, sizes in (("paper size", PAPER), ("hopper-mini", small)):
-        time_ = sweep_step(task, device, precision, sizes, repeats=20 if cuda else 3)
-        flop = forward_flop(dict(sizes, conv=True), TARGETS * ROLLOUTS, rollout=True)
-        sweeps.append(dict(size=size, flop=flop, **{f"{k}_ms": 1e3 * v for k, v in time_.items()}))
-        say(f"sweep, {size}: policy {1e3 * time_['policy']:.0f} ms, simulator {1e3 * time_['simulator']:.0f} ms a step")
+    time_, flop = pretraining_step(data, task, device, 2000 if cuda else 100)
+    critics.append(dict(variant="eager", ms=1e3 * time_, flop=flop, precision="fp32"))
+    say(f"critic pretraining, batch 512, width 256: {1e3 * time_:.2f} ms")
+    for size, sizes in sizes_of.items():
+        times = sweep_step(task, device, precision, sizes, repeats=20 if cuda else 3)
+        flop = forward_flop(sizes, TARGETS * ROLLOUTS, rollout=True)
+        sweeps.append({"size": size, "flop": flop} | {f"{name}_ms": 1e3 * x for name, x in times.items()})
+        say(f"sweep, {size}: policy {1e3 * times['policy']:.0f} ms, simulator {1e3 * times['simulator']:.0f} ms a step")
     with tempfile.TemporaryDirectory() as folder:
         result |= dict(start=start_up(device, folder), memory=memory(device, folder))
     if args.full:
         result["whole_sweep_s"] = whole_sweep(device, precision)
     for name in rates:
         rates[name] = max(rates[name], ceiling(device, getattr(torch, name)))
-    for row in steps:
-        row["share"] = row["flop"] / row["ms"] * 1e3 / rates["bfloat16" if row["precision"] == "bf16" else "float32"]
-    for row in critics:
-        row["share"] = row["flop"] / row["ms"] * 1e3 / rates["float32"]
-    for row in sweeps:
-        row["share"] = row["flop"] / row["policy_ms"] * 1e3 / rates["bfloat16" if precision == "bf16" else "float32"]
-    result |= dict(ceiling=rates, training=steps, pretraining=critics, sweep=sweeps)
+    for row in (*steps, *critics, *sweeps):
+        rate = rates["bfloat16" if row.get("precision", precision) == "bf16" else "float32"]
+        row["share"] = row["flop"] / row.get("ms", row.get("policy_ms")) * 1e3 / rate
+    return result | dict(ceiling=rates, training=steps, pretraining=critics, sweep=sweeps)
 
+
+def table(result: dict) -> str:
     lines = ["| what | ms | TFLOP/s | share of the ceiling |", "|---|---|---|---|"]
-    for name, rate in rates.items():
+    for name, rate in result["ceiling"].items():
         lines.append(f"| ceiling: matrix product, {name} | | {rate / 1e12:.3g} | |")
-    rows = [(f"training step, {row['size']}, {row['variant']}", row) for row in steps]
-    rows += [(f"critic pretraining, {row['variant']}: {1e3 / row['ms']:.0f} steps/s", row) for row in critics]
+    rows = [(f"training step, {row['size']}, {row['variant']}", row) for row in result["training"]]
+    rows += [
+        (f"critic pretraining, {row['variant']}: {1e3 / row['ms']:.0f} steps/s", row) for row in result["pretraining"]
+    ]
     for name, row in rows:
         lines.append(f"| {name} | {row['ms']:.3g} | {row['flop'] / row['ms'] / 1e9:.3g} | {row['share']:.0%} |")
-    for row in sweeps:
+    for row in result["sweep"]:
         name = f"sweep of {TARGETS} x {ROLLOUTS} rollouts, {row['size']}, one step"
         rate = row["flop"] / row["policy_ms"] / 1e9
         lines.append(f"| {name}, policy | {row['policy_ms']:.0f} | {rate:.3g} | {row['share']:.0%} |")
         lines.append(f"| {name}, simulator | {row['simulator_ms']:.0f} | | |")
-    say("\n" + "\n".join(lines))
     start, peak = result["start"], result["memory"]
-    say(
-        f"start: --help {start['help']:.2f} s at most, its imports {start['imports']:.2f} s; "
-        f"a DT of one step {start['first_step']:.1f} s"
-    )
-    say(f"peak host memory: {peak['host'] / peak['arrays']:.2f} x the file's arrays ({peak['arrays'] / 1e6:.0f} MB)")
-    if cuda:
-        say(f"peak device memory, 2,000,000 transitions and training at paper size: {peak['cuda'] / 2**30:.2f} GiB")
-    if args.full:
-        say(f"whole sweep of HalfCheetah, paper size: {result['whole_sweep_s']:.0f} s")
+    lines += ["", f"start: --help {start['help']:.2f} s at most, its imports {start['imports']:.2f} s; "]
+    lines[-1] += f"a DT of one step {start['first_step']:.1f} s"
+    arrays = f"the file's arrays ({peak['arrays'] / 1e6:.0f} MB)"
+    lines.append(f"peak host memory: {peak['host'] / peak['arrays']:.2f} x {arrays}")
+    if peak["cuda"]:
+        lines.append(f"peak device memory, 2,000,000 transitions, paper size: {peak['cuda'] / 2**30:.2f} GiB")
+    if result["full"]:
+        lines.append(f"whole sweep of HalfCheetah, paper size: {result['whole_sweep_s']:.0f} s")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    result = measure(args, stage2.pick_device(args.device), lambda text: print(text, flush=True))
+    print(f"\n{table(result)}")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     with open(args.out, "a") as f:
         f.write(json.dumps(result | {"date": time.strftime("%Y-%m-%d"), "load": os.getloadavg()[0]}) + "\n")
-    say(f"appended to {args.out}")
+    print(f"appended to {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,61 @@
+"""What the tests share: tiny data, tiny runs (made once), and a stage's command line called in this process."""
+
+import contextlib
+import io
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny sizes: threads would only wait for each other
 
 import h5py
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "results"), str(ROOT / "tests")]
+
+ENV = "hopper-medium-tiny"
+TINY1 = "--device cpu --critic-width 16 --total-steps 30 --batch-size 32".split()
+TINY2 = (
+    "--device cpu --precision fp32 --critic-width 16 --embed-dim 16 --n-layer 1 --n-head 2 --context-len 4 --batch-size 8 "
+    "--total-steps 30 --eval-rollouts 1 --eval-every 0"
+).split()
+
+
+def argv(data, runs, *extra) -> list[str]:
+    """A command line for stage 1 or 2 on hopper_file; a flag given twice counts where it is last."""
+    return [str(x) for x in ("--env", ENV, "--dataset-path", data, "--runs-dir", runs, *extra)]
+
+
+def tree(folder: Path) -> dict[Path, bytes]:
+    """Every file below a folder with its content."""
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def call(stage, *argv) -> tuple[int, str, str]:
+    """A stage's run(main) with a command line, in this process: exit code, stdout, stderr."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+    code = 0
+    with mock.patch.object(sys, "argv", [f"{stage.__name__}.py", *map(str, argv)]):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                stage.run(stage.main)
+            except SystemExit as exit:
+                code = exit.code or 0
+    texts = []
+    for stream in (out, err):
+        stream.flush()
+        texts.append(stream.buffer.getvalue().decode())
+    return code, *texts
 
 
 def write_hdf5(path, observations, actions, rewards, terminals, timeouts):
+    columns = dict(observations=observations, actions=actions, rewards=rewards, terminals=terminals, timeouts=timeouts)
     with h5py.File(path, "w") as f:
-        for key, x in dict(
-            observations=observations, actions=actions, rewards=rewards, terminals=terminals, timeouts=timeouts
-        ).items():
+        for key, x in columns.items():
             f[key] = x
     return path
 
@@ -44,9 +86,8 @@ def hopper_arrays():
 
 @pytest.fixture(scope="session")
 def hopper_file(tmp_path_factory, hopper_arrays):
-    arrays = hopper_arrays
-    assert arrays[3].any() and arrays[4].any()  # both kinds of episode end are in it
-    return write_hdf5(tmp_path_factory.mktemp("data") / "hopper_tiny.hdf5", *arrays)
+    assert hopper_arrays[3].any() and hopper_arrays[4].any()  # both kinds of episode end are in it
+    return write_hdf5(tmp_path_factory.mktemp("data") / "hopper_tiny.hdf5", *hopper_arrays)
 
 
 @pytest.fixture(scope="session")
@@ -72,31 +113,30 @@ def antmaze_file(tmp_path_factory, antmaze_arrays):
     return write_hdf5(tmp_path_factory.mktemp("data") / "antmaze_tiny.hdf5", *antmaze_arrays)
 
 
-@pytest.fixture
-def run_main(monkeypatch, capfd):
-    """Run a stage's main() with a command line; returns exit code, stdout, stderr."""
-    import signal
-
-    def run(stage, *argv):
-        monkeypatch.setattr(sys, "argv", [f"{stage.__name__}.py", *map(str, argv)])
-        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-        capfd.readouterr()
-        try:
-            stage.main()
-            code = 0
-        except SystemExit as exit:
-            code = exit.code or 0
-        finally:
-            for n, handler in handlers.items():
-                signal.signal(n, handler)
-        captured = capfd.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+@pytest.fixture(scope="session")
+def run_main():
+    """Run a stage's run(main) with a command line; returns exit code, stdout, stderr."""
+    return call
 
 
-TINY1 = "--device cpu --critic-width 16 --total-steps 30 --batch-size 32".split()
-TINY2 = (
-    "--device cpu --precision fp32 --critic-width 16 --embed-dim 16 --n-layer 1 --n-head 2 --context-len 4 --batch-size 8 "
-    "--total-steps 30 --eval-rollouts 1"
-).split()
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory, hopper_file):
+    """The three stages, one after the other, and a DT to compare with. Tests read these runs, and never write them."""
+    import evaluate_alignment as stage3
+    import pretrain_q as stage1
+    import train_qalign_dt as stage2
+
+    runs = tmp_path_factory.mktemp("runs")
+    dt = ["--lambda-e", 0, "--no-conv", "--no-state-loss", "--exp-name", "dt"]
+    outputs = {
+        "stage 1": call(stage1, *argv(hopper_file, runs, *TINY1)),
+        "stage 2": call(stage2, *argv(hopper_file, runs, *TINY2, "--eval-every", 15)),
+        "stage 3": call(stage3, "--env", ENV, "--runs-dir", runs, "--rollouts", 2, "--device", "cpu"),
+        "dt": call(stage2, *argv(hopper_file, runs, *TINY2, *dt)),
+    }
+    for stage, (code, _, err) in outputs.items():
+        assert code == 0, f"{stage}: {err}"
+    folder = runs / f"{ENV}__train_qalign_dt__1"
+    files = dict(folder=folder, policy=folder / "policy.pt", best=folder / "policy_best.pt", resume=folder / "resume.pt")
+    files |= dict(critic=runs / f"{ENV}__pretrain_q__1" / "critic.pt", dt=runs / f"{ENV}__dt__1" / "policy.pt")
+    return SimpleNamespace(runs=runs, outputs=outputs, **files)

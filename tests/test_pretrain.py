@@ -1,28 +1,28 @@
-"""Stage 1: targets against tabular cases worked out by hand, and the level Q must reach."""
+"""Stage 1: targets against tabular cases worked out by hand, and the level that Q must reach."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
-import pretrain_q as stage1
 import pytest
 import torch
-from conftest import TINY1, write_hdf5
+from conftest import write_hdf5
+
+import pretrain_q as stage1
 
 CPU = torch.device("cpu")
 TASK = stage1.parse_env("hopper-medium-test")
 
 
-def chain(tmp_path, terminal: bool, gamma: float = 0.99):
-    """Two episodes: 3 steps with rewards 1, 2, 3, and 2 steps with rewards 4, 5 that end by timeout. The first ends as asked."""
-    n = 5
-    observations, actions = np.zeros((n, 11), np.float32), np.zeros((n, 3), np.float32)
-    observations[:, 0] = np.arange(n)
+def chain(terminal: bool, gamma: float = 0.99) -> stage1.Transitions:
+    """Two episodes: rewards 1, 2, 3, which ends as asked, and rewards 4, 5, which ends by timeout."""
+    observations, rewards = np.zeros((5, 11), np.float32), np.array([1, 2, 3, 4, 5], np.float32)
+    observations[:, 0] = np.arange(5)
     terminals = np.array([False, False, terminal, False, False])
-    timeouts = np.array([False, False, not terminal, False, True])
-    file = write_hdf5(
-        tmp_path / "chain.hdf5", observations, actions, np.array([1, 2, 3, 4, 5], np.float32), terminals, timeouts
+    data = stage1.Dataset(
+        observations, np.zeros((5, 3), np.float32), rewards, terminals, np.array([3, 5]), "test", False
     )
-    return stage1.Transitions(stage1.read_dataset(TASK, (str(file),)), TASK, CPU, gamma)
+    return stage1.Transitions(data, TASK, CPU, gamma)
 
 
 class Table(torch.nn.Module):
@@ -43,129 +43,133 @@ def test_discounted_returns_by_hand():
     np.testing.assert_allclose(to_last, [g**2, g, 1, g, 1])
 
 
-def test_episodes_are_ranked_by_discounted_and_by_plain_return(tmp_path):
-    data = chain(tmp_path, terminal=True, gamma=0.5)
-    np.testing.assert_allclose(data.episodes, [[1 + 2 * 0.5 + 3 * 0.25, 4 + 5 * 0.5], [6, 9]])
-    critic = stage1.DoubleQ(11, 3, 8)
-    result = stage1.report(critic, critic, None, data, dict(method="sarsa"))
-    assert result["spearman_discounted_vs_plain_return"] == pytest.approx(1)
-    timeouts = chain(tmp_path, terminal=False)  # short ones: no return of theirs is known
-    result = stage1.report(critic, critic, None, timeouts, dict(method="sarsa"))
-    assert result["q_mean"] is result["return_mean"] is result["spearman_q_vs_return"] is None
-
-
-def test_sarsa_target_by_hand_and_timeouts_left_out(tmp_path):
-    data = chain(tmp_path, terminal=True)
+def test_sarsa_target_by_hand_and_timeouts_left_out():
+    data = chain(terminal=True)
     table = Table(data, [10.0, 20.0, 30.0, 40.0, 50.0], [11.0, 19.0, 31.0, 41.0, 49.0])
-    usable = torch.cat([data.train, data.held_out]).sort().values
-    assert usable.tolist() == [0, 1, 2, 3]  # the timeout's last transition has no a' in the dataset
-    y = stage1.sarsa_target(table, data, usable)
-    assert y.tolist() == pytest.approx([1 + 0.99 * 19, 2 + 0.99 * 30, 3, 4 + 0.99 * 49])
-    y = stage1.sarsa_target(table, chain(tmp_path, terminal=True, gamma=0.5), usable)
-    assert y.tolist() == pytest.approx([1 + 0.5 * 19, 2 + 0.5 * 30, 3, 4 + 0.5 * 49])
+    assert data.usable.tolist() == [0, 1, 2, 3]  # the timeout's last transition has no a' in the dataset
+    assert chain(terminal=False).usable.tolist() == [0, 1, 3]
+    for gamma in (0.99, 0.5):
+        y = stage1.sarsa_target(table, chain(terminal=True, gamma=gamma), data.usable)
+        assert y.tolist() == pytest.approx([1 + gamma * 19, 2 + gamma * 30, 3, 4 + gamma * 49])
 
 
-def test_return_target_bootstraps_timeouts_only(tmp_path):
+def test_a_terminal_in_the_very_last_row_has_no_successor():
+    data = chain(terminal=True)
+    data.terminal[4] = True
+    y = stage1.sarsa_target(Table(data, [9.0] * 5, [9.0] * 5), data, torch.tensor([4]))
+    assert y.tolist() == [5.0]
+
+
+def test_return_target_bootstraps_timeouts_only():
     g, q = 0.9, [0.0, 0.0, 30.0, 0.0, 50.0]
-    data = chain(tmp_path, terminal=True, gamma=g)
-    y = stage1.return_target(Table(data, q, q), data, torch.arange(4))
+    data = chain(terminal=True, gamma=g)
+    y = stage1.return_target(Table(data, q, [99.0] * 5), data, torch.arange(4))
     assert y.tolist() == pytest.approx([1 + 2 * g + 3 * g**2, 2 + 3 * g, 3, 4 + 50 * g])
-    data = chain(tmp_path, terminal=False, gamma=g)
-    y = stage1.return_target(Table(data, q, q), data, torch.tensor([0, 1, 3]))
+    data = chain(terminal=False, gamma=g)
+    y = stage1.return_target(Table(data, [99.0] * 5, q), data, torch.tensor([0, 1, 3]))
     assert y.tolist() == pytest.approx([1 + 2 * g + 30 * g**2, 2 + 30 * g, 4 + 50 * g])
 
 
-def test_value_loss_by_hand(tmp_path):
-    data = chain(tmp_path, terminal=True)
+def test_td_loss_sums_over_the_critics_by_hand():
+    data = chain(terminal=True)
+    critic = Table(data, [1.0, 2.0, 0.0, 0.0, 0.0], [3.0, 6.0, 0.0, 0.0, 0.0])
+    loss, q_mean = stage1.td_loss(critic, data, torch.tensor([0, 1]), torch.tensor([2.0, 4.0]))
+    assert loss.item() == pytest.approx((1 + 4) / 2 + (1 + 4) / 2) and q_mean.item() == 1.5
+
+
+def test_value_loss_by_hand():
+    data = chain(terminal=True)
     table = Table(data, [10.0, 20.0, 0.0, 0.0, 0.0], [12.0, 19.0, 0.0, 0.0, 0.0])
-    value = lambda obs: torch.tensor([[8.0, 20.0]])  # noqa: E731  u = 10 - 8 = 2 and 19 - 20 = -1
-    loss = stage1.value_loss(value, table, data, torch.tensor([0, 1]))
+    value = torch.tensor([[8.0, 20.0]], requires_grad=True)  # u = 10 - 8 = 2 and 19 - 20 = -1
+    loss = stage1.value_loss(lambda obs: value, table, data, torch.tensor([0, 1]))
     assert loss.item() == pytest.approx((0.8 * 4 + 0.2 * 1) / 2)
+    loss.backward()
+    assert value.grad.tolist() == [pytest.approx([-0.8 * 2 * 2 / 2, 0.2 * 2 * 1 / 2])]
 
 
-def test_iql_target_by_hand(tmp_path):
-    data = chain(tmp_path, terminal=True, gamma=0.9)
+def test_iql_target_by_hand():
+    data = chain(terminal=True, gamma=0.9)
     y = stage1.iql_target(lambda obs: torch.full((1, len(obs)), 7.0), data, torch.tensor([0, 2, 3]))
     assert y.tolist() == pytest.approx([1 + 0.9 * 7, 3, 4 + 0.9 * 7])
 
 
-@pytest.mark.parametrize("extra", [["--warm-start-steps", 0, "--tau", 0.2], ["--warm-start-steps", 300, "--tau", 0.05]])
-def test_sarsa_reaches_the_true_values_of_a_terminal_chain(tmp_path, run_main, extra):
+def test_episodes_are_ranked_by_discounted_and_by_plain_return():
+    data, critic = chain(terminal=True, gamma=0.5), stage1.MLP(2, 14, 8)
+    np.testing.assert_allclose(data.episode_returns, [[1 + 2 * 0.5 + 3 * 0.25, 4 + 5 * 0.5], [6, 9]])
+    result = stage1.report(SimpleNamespace(critic=critic, data=data))
+    assert result["spearman_discounted_vs_plain_return"] == pytest.approx(1)
+    assert result["return_mean"] == pytest.approx((2.75 + 3.5 + 3) / 3)  # of the transitions whose return is known
+
+
+def test_report_where_no_return_is_known():
+    data, critic = chain(terminal=False), stage1.MLP(2, 14, 8)  # short episodes that end by timeout
+    result = stage1.report(SimpleNamespace(critic=critic, data=data))
+    assert result["q_mean"] is result["return_mean"] is result["spearman_q_vs_return"] is None
+    q = critic(data.obs, data.act).amin(dim=0)
+    assert result["q_abs_mean"] == pytest.approx(q.abs().mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("warm_start_steps, tau", [(0, 0.4), (200, 0.1)])
+def test_sarsa_reaches_the_true_values_of_a_terminal_chain(warm_start_steps, tau, tmp_path, run_main, monkeypatch):
     """Ten copies of the chain 1, 2, 3 -> end: Q must become the discounted return of each state."""
-    n = 10
-    observations = np.zeros((3 * n, 11), np.float32)
-    observations[:, 0] = np.tile([0, 1, 2], n)
-    end = np.tile([False, False, True], n)
-    file = write_hdf5(
-        tmp_path / "c.hdf5",
-        observations,
-        np.zeros((3 * n, 3), np.float32),
-        np.tile([1.0, 2.0, 3.0], n).astype(np.float32),
-        end,
-        end & False,
-    )
-    argv = ["--env", "hopper-medium-test", "--dataset-path", file, "--runs-dir", tmp_path / "runs", "--device", "cpu"]
-    code, out, err = run_main(
-        stage1, *argv, "--critic-width", 32, "--batch-size", 32, "--lr", 0.003, "--total-steps", 600, *extra
-    )
+    monkeypatch.setattr(stage1, "TAU", tau)
+    observations, end = np.zeros((30, 11), np.float32), np.tile([False, False, True], 10)
+    observations[:, 0] = np.tile([0, 1, 2], 10)
+    rewards, actions = np.tile([1.0, 2.0, 3.0], 10).astype(np.float32), np.zeros((30, 3), np.float32)
+    file = write_hdf5(tmp_path / "chain.hdf5", observations, actions, rewards, end, end & False)
+    argv = ["--env", TASK.name, "--dataset-path", file, "--runs-dir", tmp_path, "--device", "cpu", "--lr", 0.003]
+    argv += ["--critic-width", 32, "--batch-size", 32, "--total-steps", 400, "--warm-start-steps", warm_start_steps]
+    code, out, err = run_main(stage1, *argv)
     assert code == 0, err
-    checkpoint = torch.load(tmp_path / "runs/hopper-medium-test__pretrain_q__1/critic.pt", weights_only=True)
-    critic = stage1.DoubleQ(11, 3, 32)
-    critic.load_state_dict(checkpoint["critic"])
-    obs = (torch.as_tensor(observations[:3]) - checkpoint["obs_mean"]) / checkpoint["obs_std"]
-    q = critic(obs, torch.zeros(3, 3))
+    assert ("regress on discounted returns" in out) == (warm_start_steps > 0)
+    folder = tmp_path / f"{TASK.name}__pretrain_q__1"
+    critic = stage1.MLP(2, 14, 32)
+    critic.load_state_dict(torch.load(folder / "critic.pt", weights_only=True)["critic"])
+    data = stage1.read_dataset(TASK, (str(file),))
+    q = critic((torch.as_tensor(observations[:3]) - data.obs_mean) / data.obs_std, torch.zeros(3, 3))
     expected = torch.tensor([1 + 2 * 0.99 + 3 * 0.99**2, 2 + 3 * 0.99, 3.0])
     torch.testing.assert_close(q, expected.expand(2, 3), rtol=0.03, atol=0.1)
-    report = json.loads((tmp_path / "runs/hopper-medium-test__pretrain_q__1/report.json").read_text())
-    assert report["q_mean"] == pytest.approx(report["return_mean"], rel=0.03) and report["spearman_q_vs_return"] > 0.9
-    assert ("regress" in out) == ("300" in map(str, extra))
+    report = json.loads((folder / "report.json").read_text())
+    assert report["q_mean"] == pytest.approx(report["return_mean"], rel=0.03)
+    assert report["return_mean"] == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert report["spearman_q_vs_return"] > 0.9
 
 
-def test_short_runs_start_by_regression_and_long_ones_do_not():
-    resolve = lambda **kw: stage1.resolve(stage1.Args(**kw), TASK)["warm_start_steps"]  # noqa: E731
-    assert resolve() == 0 and resolve(total_steps=20_000) == 18_000 and resolve(total_steps=20_000, tau=0.1) == 0
+def test_short_runs_start_by_regression_and_long_ones_do_not(monkeypatch):
+    def warm_start_steps(**changes):
+        return stage1.resolve(stage1.Args(**changes), TASK, CPU).warm_start_steps
+
+    assert warm_start_steps() == 0 and warm_start_steps(total_steps=20_000) == 18_000
+    assert warm_start_steps(total_steps=20_000, warm_start_steps=5) == 5
+    assert warm_start_steps(total_steps=20_000, method="iql") == 0
+    monkeypatch.setattr(stage1, "TAU", 0.1)  # a target that follows sooner
+    assert warm_start_steps(total_steps=20_000) == 0
 
 
-def test_iql_runs_on_antmaze_and_stays_in_the_range_of_shifted_rewards(tmp_path, run_main, antmaze_file):
-    argv = [
-        "--env",
-        "antmaze-umaze-test",
-        "--dataset-path",
-        antmaze_file,
-        "--runs-dir",
-        tmp_path,
-        *TINY1,
-        "--total-steps",
-        400,
-        "--lr",
-        0.003,
-        "--tau",
-        0.05,
-    ]
-    code, out, err = run_main(stage1, *argv)
+def test_iql_runs_on_antmaze_and_stays_in_the_range_of_shifted_rewards(tmp_path, run_main, antmaze_file, monkeypatch):
+    monkeypatch.setattr(stage1, "TAU", 0.1)
+    argv = ["--env", "antmaze-umaze-test", "--dataset-path", antmaze_file, "--runs-dir", tmp_path, "--device", "cpu"]
+    argv += ["--critic-width", 16, "--batch-size", 32, "--total-steps", 300, "--lr", 0.005]
+    code, _, err = run_main(stage1, *argv)
     assert code == 0, err
     report = json.loads((tmp_path / "antmaze-umaze-test__pretrain_q__1/report.json").read_text())
     assert report["config"]["method"] == "iql" and -100 < report["q_mean"] < 0 and report["q_abs_mean"] > 1
     assert report["spearman_q_vs_return"] > 0.3  # nearer to the goal is better
 
 
-def test_float32_critic_keeps_the_sign_of_small_differences(tmp_path, run_main, hopper_file):
-    """The alignment signal: sign of Q(a_delta) - Q(a), against the same critic in float64, at the level Q has in Hopper."""
-    argv = ["--env", "hopper-medium-test", "--dataset-path", hopper_file, "--runs-dir", tmp_path, "--device", "cpu"]
-    code, _, err = run_main(stage1, *argv, "--total-steps", 300, "--lr", 0.001)
-    assert code == 0, err
-    checkpoint = torch.load(tmp_path / "hopper-medium-test__pretrain_q__1/critic.pt", weights_only=True)
-    critic = stage1.DoubleQ(11, 3, 256)
-    critic.load_state_dict(checkpoint["critic"])
+def test_float32_critic_keeps_the_sign_of_small_differences():
+    """Eq. 5's signal, the sign of Q(a_delta) - Q(a), against float64, at the level that Q has in Hopper."""
+    torch.manual_seed(0)
+    critic, n = stage1.MLP(2, 14, 64), 20_000
     with torch.no_grad():
-        critic.biases[-1] += 250.0  # a large number, of which the difference is small
-        g = torch.Generator().manual_seed(0)
-        obs, act = torch.randn(200_000, 11, generator=g), torch.rand(200_000, 3, generator=g) * 2 - 1
-        near = (act + 0.02 * torch.randn(act.shape, generator=g)).clamp(-1, 1)
+        critic.weights[-1] *= 100
+        critic.biases[-1] += 250  # a large number, of which the difference is small
+        obs, act = torch.randn(n, 11), torch.rand(n, 3) * 2 - 1
+        near = (act + 0.02 * torch.randn(n, 3)).clamp(-1, 1)
         d32 = critic(obs, near) - critic(obs, act)
         critic.double()
         q64 = critic(obs.double(), act.double())
         d64 = critic(obs.double(), near.double()) - q64
     counted = d64.abs() > 1e-5 * q64.abs()
-    assert counted.sum() > 100_000
+    assert counted.sum() > n and d64[counted].abs().median() < 1e-3 * q64.mean()  # of 2 n; all of them small
     assert (d32.sign() == d64.sign())[counted].double().mean() >= 0.999

@@ -1,27 +1,46 @@
-"""Lockstep rollouts against Gymnasium's own env.step, and the return-to-go bookkeeping of Sec. 6.2."""
+"""The simulator against Gymnasium's env.step, both rollouts against a plain loop (Sec. 6.2), scores and Eq. 8."""
+
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+
+import evaluate_alignment as stage3
 import train_qalign_dt as stage2
 
 BODIES = ["hopper", "halfcheetah", "walker2d", "ant"]
+TASK, K = stage3.parse_env("hopper-medium-test"), 5
+OBS_MEAN, OBS_STD = torch.linspace(-0.1, 0.1, 11), torch.linspace(0.8, 1.2, 11)
+
+
+# ---- the simulator ----
 
 
 @pytest.mark.parametrize("body", BODIES)
 def test_simulator_equals_gymnasium(body):
-    """Five episodes with the same states and actions: observations, rewards, terminations to 1e-10."""
-    task, n = stage2.parse_env(f"{body}-medium-test"), 5
-    simulator = stage2.Simulator(task.env_id, range(n))
-    envs = [stage2.make_env(task.env_id) for _ in range(n)]
+    """Episodes with the same states and actions, some of them started anew: all that a step returns, to 1e-10."""
+    task, n = stage3.parse_env(f"{body}-medium-test"), 4
+    simulator = stage3.Simulator(task.env_id, range(n))
+    envs = [stage3.make_env(task.env_id) for _ in range(n)]
     expected = np.stack([env.reset(seed=i)[0] for i, env in enumerate(envs)])
     size = expected.shape[1]
-    np.testing.assert_allclose(simulator.observe(range(n))[:, :size], expected, rtol=0, atol=1e-10)
+
+    def check_observations(index, expected):
+        got = simulator.observe(index)
+        np.testing.assert_allclose(got[:, :size], expected, rtol=0, atol=1e-10)
+        assert got.shape == (len(index), task.obs_dim) and not got[:, size:].any()
+
+    check_observations(np.arange(n), expected)
     rng, alive, ended = np.random.default_rng(0), np.arange(n), 0
-    for _ in range(150):
-        actions = rng.uniform(-1, 1, (len(alive), task.act_dim))
-        if body in ("ant", "halfcheetah"):
-            actions *= 0.3
+    for t in range(80):
+        if t == 10:  # the first and the last start again, whether they have ended or not
+            again = np.array([0, n - 1])
+            simulator.reset(again, [70, 71])
+            check_observations(again, np.stack([envs[i].reset(seed=70 + j)[0] for j, i in enumerate(again)]))
+            alive = np.union1d(alive, again)
+        actions = rng.uniform(-1, 1, (len(alive), task.act_dim)) * (0.3 if body in ("ant", "halfcheetah") else 1)
         observation, reward, terminated, velocity = simulator.step(alive, actions)
         for row, i in enumerate(alive):
             obs_i, reward_i, terminated_i, _, info = envs[i].step(actions[row])
@@ -33,15 +52,13 @@ def test_simulator_equals_gymnasium(body):
         alive = alive[~terminated]
         if len(alive) == 0:
             break
-    assert ended > 0 or body in ("halfcheetah", "ant")
+    assert t > 10 and (ended > 0 or body in ("halfcheetah", "ant"))
 
 
 def test_ant_that_jumps_too_high_is_terminated_as_in_gymnasium():
-    task = stage2.parse_env("ant-medium-test")
-    simulator, env = stage2.Simulator(task.env_id, [0]), stage2.make_env(task.env_id)
+    simulator, env = stage3.Simulator("Ant-v4", [0]), stage3.make_env("Ant-v4")
     env.reset(seed=0)
-    for data in (simulator.sims[0], env.data):
-        data.qvel[2] = 3.0
+    simulator.qvel[0, 2] = env.data.qvel[2] = 3.0
     history = []
     for _ in range(12):
         history.append(bool(simulator.step(np.array([0]), np.zeros((1, 8)))[2][0]))
@@ -52,75 +69,144 @@ def test_ant_that_jumps_too_high_is_terminated_as_in_gymnasium():
 def test_make_env_is_silent_and_leaves_no_file(tmp_path, monkeypatch, capfd, recwarn):
     monkeypatch.chdir(tmp_path)
     for body in BODIES:
-        stage2.make_env(stage2.parse_env(f"{body}-medium-test").env_id)
+        stage3.make_env(stage3.parse_env(f"{body}-medium-test").env_id)
     out, err = capfd.readouterr()
     assert out == err == "" and not list(tmp_path.iterdir()) and not [w for w in recwarn if "v4" in str(w.message)]
 
 
-@pytest.fixture(scope="module")
-def policy():
+# ---- rollouts ----
+
+
+def trained_for(task, context_len=K, obs_mean=OBS_MEAN, obs_std=OBS_STD) -> stage3.Trained:
+    """A random policy that reacts to its context, as load_policy returns it."""
     torch.manual_seed(0)
-    policy = stage2.Policy(11, 3, 16, 2, 2, stage2.HORIZON)
+    policy = stage3.Policy(task.obs_dim, task.act_dim, 16, 2, 2, stage3.HORIZON).eval()
     for p in policy.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    return policy.train()
+    content = dict(config=dict(context_len=context_len), obs_mean=obs_mean, obs_std=obs_std)
+    return stage3.Trained(Path("policy.pt"), task, policy, None, content)
 
 
-def test_rollout_equals_one_environment_at_a_time(policy):
-    """The same policy, driven by hand through Gymnasium: unpadded contexts, rtg <- rtg - r / 1000."""
-    task, K = stage2.parse_env("hopper-medium-test"), 5
-    mean, std = torch.linspace(-0.1, 0.1, 11), torch.linspace(0.8, 1.2, 11)
+@pytest.fixture(scope="module")
+def trained():
+    return trained_for(TASK)
+
+
+def plain_episode(policy, target: float, seed: int):
+    """One episode, one environment, contexts without padding, rtg <- rtg - r / 1000."""
+    env, steps = stage3.make_env(TASK.env_id), []
+    observation, _ = env.reset(seed=seed)
+    rtg, obs, act = [target / 1000], [], []
+    for t in range(1000):
+        obs.append((torch.as_tensor(observation, dtype=torch.float32) - OBS_MEAN) / OBS_STD)
+        act.append(torch.zeros(3))
+        now = slice(max(0, t + 1 - K), t + 1)
+        times = torch.arange(t + 1)[now][None]
+        context = torch.tensor(rtg[now]).float(), torch.stack(obs[now]), torch.stack(act[now])
+        with torch.no_grad():
+            a_hat, _ = policy(*(x[None] for x in context), times, torch.ones_like(times).bool())
+        act[-1] = a_hat[0, -1]
+        observation, reward, terminated, _, info = env.step(act[-1].numpy().astype(np.float64))
+        steps.append((reward, info["x_velocity"], *env.data.qpos))
+        rtg.append(rtg[-1] - reward / 1000)
+        if terminated:
+            break
+    return np.array(steps), obs[0], act[0]
+
+
+def test_rollout_equals_a_plain_loop(trained):
     targets, seeds = [500.0, 3000.0, 3000.0], [0, 0, 7]
-    result = stage2.rollout(policy, task, targets, seeds, K, mean, std, keep_qpos=True)
-    assert policy.training  # left as it was
-    policy.eval()
+    result = stage3.rollout(trained, targets, seeds, stage3.HORIZON, "test", keep_qpos=True)
     for j in range(3):
-        env = stage2.make_env(task.env_id)
-        observation, _ = env.reset(seed=seeds[j])
-        rtg, obs, act, total, steps = [targets[j] / 1000], [], [], 0.0, []
-        for t in range(stage2.HORIZON):
-            obs.append((torch.as_tensor(observation, dtype=torch.float32) - mean) / std)
-            act.append(torch.zeros(3))
-            k = slice(max(0, t + 1 - K), t + 1)
-            times = torch.arange(t + 1)[k][None]
-            with torch.no_grad():
-                a, _ = policy(
-                    torch.tensor(rtg[k])[None].float(),
-                    torch.stack(obs[k])[None],
-                    torch.stack(act[k])[None],
-                    times,
-                    torch.ones_like(times).bool(),
-                )
-            act[-1] = a[0, -1]
-            observation, reward, terminated, _, info = env.step(a[0, -1].numpy().astype(np.float64))
-            steps.append((reward, info["x_velocity"], *env.data.qpos))
-            total += reward
-            rtg.append(rtg[-1] - reward / 1000)
-            if terminated:
-                break
-        assert result.lengths[j] == t + 1 > K
-        assert result.returns[j] == pytest.approx(total, abs=1e-3)
-        assert result.velocity[j] == pytest.approx(np.mean([v for _, v, *_ in steps]), abs=1e-4)
+        steps, first_obs, first_act = plain_episode(trained.policy, targets[j], seeds[j])
+        n = len(steps)
+        assert result.lengths[j] == n > K
+        assert result.returns[j] == pytest.approx(steps[:, 0].sum(), abs=1e-3)
+        assert result.velocity[j] == pytest.approx(steps[:, 1].mean(), abs=1e-4)
         per_step = np.column_stack([result.rewards[j], result.velocities[j], result.qpos[j]])
-        np.testing.assert_allclose(per_step[: t + 1], steps, rtol=0, atol=1e-3)
-        assert np.isnan(per_step[t + 1 :]).all()
-        torch.testing.assert_close(result.first_obs[j], obs[0])
-        torch.testing.assert_close(result.first_act[j], act[0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(per_step[:n], steps, rtol=0, atol=1e-3)
+        assert np.isnan(per_step[n:]).all() and len(per_step) == stage3.HORIZON
+        torch.testing.assert_close(result.first_obs[j], first_obs)
+        torch.testing.assert_close(result.first_act[j], first_act, rtol=1e-4, atol=1e-5)
     assert result.returns[0] != result.returns[1]  # the target matters
 
 
+def test_rollout_counts_down_by_a_reward_of_ones_own(trained):
+    """A reward of 100 a step: the RTG falls by 0.1, as a target that falls by itself shows."""
+    heard, act = [], trained.policy.act
+
+    def listen(rtg, *rest):
+        heard.append(rtg[0, -1].item())
+        return act(rtg, *rest)
+
+    trained.policy.act = listen
+    try:
+        result = stage3.rollout(trained, [500.0], [0], 6, "test", lambda velocities, actions: 100 + 0 * velocities)
+    finally:
+        del trained.policy.act
+    assert heard == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1, 0.0], abs=1e-6)
+    assert result.returns[0] == 600 and result.lengths[0] == 6
+
+
+def test_stage_2s_evaluation_equals_stage_3s_rollout(trained):
+    """The same mean scores for the same targets and seeds, with dropout off and no random stream touched."""
+    targets, config = (400.0, 1500.0, 3000.0), stage2.Config(context_len=K, eval_rollouts=2, seed=3)
+    policy = stage2.Policy(11, 3, 16, 2, 2, stage2.HORIZON)
+    policy.load_state_dict(trained.policy.state_dict())
+    data, random_state = SimpleNamespace(obs_mean=OBS_MEAN, obs_std=OBS_STD), torch.get_rng_state()
+    scores = stage2.evaluate(policy, TASK, targets, config, data)
+    assert torch.equal(torch.get_rng_state(), random_state) and policy.training
+    seeds = 3 * [1_003_000, 1_003_001]
+    returns = stage3.rollout(trained, np.repeat(targets, 2), seeds, stage3.HORIZON, "test").returns.reshape(3, 2)
+    assert scores == pytest.approx((100 * (returns.mean(axis=1) + 20.272305) / (3234.3 + 20.272305)).tolist(), rel=1e-5)
+    assert len(set(scores)) == 3 and (returns[:, 0] != returns[:, 1]).all()
+
+
+@pytest.mark.parametrize("body", ["halfcheetah", "ant"])
+def test_stage_2s_evaluation_and_rollout_of_other_bodies(body, monkeypatch):
+    """Cut at the horizon, which the halfcheetah always reaches; Ant's observation has D4RL's 111 numbers."""
+    task, n = stage3.parse_env(f"{body}-medium-test"), 12
+    mean, std = torch.full((task.obs_dim,), 0.1), torch.full((task.obs_dim,), 2.0)
+    trained = trained_for(task, 3, mean, std)
+    policy = stage2.Policy(task.obs_dim, task.act_dim, 16, 2, 2, stage2.HORIZON)
+    policy.load_state_dict(trained.policy.state_dict())
+    monkeypatch.setattr(stage2, "HORIZON", n)
+    config, data = stage2.Config(context_len=3, eval_rollouts=1, seed=1), SimpleNamespace(obs_mean=mean, obs_std=std)
+    scores = stage2.evaluate(policy, task, (1000.0,), config, data)
+    result = stage3.rollout(trained, [1000.0], [1_001_000], n, "test")
+    assert result.lengths.tolist() == [n]
+    assert scores == pytest.approx(task.score(result.returns).tolist(), rel=1e-4)
+
+
 def test_an_episode_is_1000_steps_long_at_most():
-    """HalfCheetah never ends by itself, and the timestep embedding has an entry for every step."""
-    torch.manual_seed(0)
-    cheetah = stage2.Policy(17, 6, 8, 1, 1, stage2.HORIZON)
-    result = stage2.rollout(
-        cheetah, stage2.parse_env("halfcheetah-medium-test"), [1000.0], [0], 3, torch.zeros(17), torch.ones(17)
-    )
-    assert result.lengths.tolist() == [1000]
+    """And the timestep embedding has an entry for every step."""
+    task = stage3.parse_env("halfcheetah-medium-test")
+    policy = stage2.Policy(17, 6, 8, 1, 1, stage2.Config().max_timestep)
+    config = stage2.Config(context_len=1, eval_rollouts=1)
+    seen, act = [], policy.act
+
+    def listen(rtg, obs, action, timestep, valid):
+        seen.append(timestep.max().item())
+        return act(rtg, obs, action, timestep, valid)
+
+    policy.act = listen
+    data = SimpleNamespace(obs_mean=torch.zeros(17), obs_std=torch.ones(17))
+    stage2.evaluate(policy, task, (1000.0,), config, data)
+    assert seen == list(range(1000)) and stage3.HORIZON == 1000
 
 
-def test_stop_is_heard(policy):
-    stop = type("Stop", (), {"requested": True})()
-    task = stage2.parse_env("halfcheetah-medium-test")
-    cheetah = stage2.Policy(17, 6, 16, 1, 2, stage2.HORIZON)
-    assert stage2.rollout(cheetah, task, [1000.0], [0], 5, torch.zeros(17), torch.ones(17), stop=stop) is None
+# ---- scores ----
+
+
+def test_d4rl_score_and_alignment_error_by_hand():
+    assert TASK.score(-20.272305) == 0 and TASK.score(3234.3) == 100
+    assert TASK.score(1000.0) == pytest.approx(100 * 1020.272305 / 3254.572305)
+    scores, target_scores = np.array([10.0, 20.0, 30.0]), np.array([10.0, 23.0, 26.0])
+    assert stage3.alignment_rmse(scores, target_scores) == pytest.approx(((0 + 9 + 16) / 3) ** 0.5)
+
+
+def test_targets_of_the_sweep():
+    returns = np.array([300.0, -50.0, 1260.0])
+    assert stage3.target_returns(returns, 100.0).tolist() == [-50.0 + 100 * j for j in range(14)]
+    few = stage3.target_returns(returns, 1000.0)
+    assert len(few) == 12 and few[0] == -50 and few[-1] == 1260 and np.ptp(np.diff(few)) < 1e-9

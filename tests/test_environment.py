@@ -1,0 +1,173 @@
+"""requirements.txt is enough, and every script explains itself and runs when copied away alone."""
+
+import ast
+import importlib.metadata
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, call
+
+STAGES = ("data/collect_dataset", "pretrain_q", "train_qalign_dt", "evaluate_alignment", "transfer_cheetah_vel")
+SCRIPTS = (*STAGES, "results/run_studies")
+OPTIONAL = {"ray"}  # imported only where the user asks for it
+
+
+def closure(requirements: str) -> set[str]:
+    """Names of the distributions that `pip install` of these lines brings, as far as they are installed here."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    lines = [line.partition("#")[0].strip() for line in requirements.splitlines()]
+    todo, found = [(Requirement(line), "") for line in lines if line], set()
+    while todo:
+        requirement, extra = todo.pop()
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        name = canonicalize_name(requirement.name)
+        for wanted in ("", *requirement.extras):
+            if (name, wanted) not in found:
+                found.add((name, wanted))
+                try:
+                    lines = importlib.metadata.requires(name) or []
+                except importlib.metadata.PackageNotFoundError:
+                    continue
+                todo += [(Requirement(line), wanted) for line in lines]
+    return {name for name, _ in found}
+
+
+def blocked_modules(requirements: str) -> list[str]:
+    """Top-level modules that are installed here, and only by distributions that requirements.txt does not bring."""
+    from packaging.utils import canonicalize_name
+
+    inside = closure(requirements) | {"pip", "setuptools", "wheel"}  # of every virtual environment
+    found = importlib.metadata.packages_distributions()
+    return sorted(name for name, dists in found.items() if not {canonicalize_name(d) for d in dists} & inside)
+
+
+PROGRAM = """
+import importlib, json, sys
+blocked, scripts, modules = json.loads(sys.stdin.read())
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in blocked:
+            raise ModuleNotFoundError(f"No module named {name!r} (requirements.txt does not bring it)", name=name)
+
+sys.meta_path.insert(0, Blocker())
+sys.path[:0] = scripts
+for name in modules:  # every import statement of every script, also those inside functions
+    importlib.import_module(name)
+import collect_dataset, evaluate_alignment, pretrain_q, run_studies, train_qalign_dt, transfer_cheetah_vel
+env = train_qalign_dt.make_env("Hopper-v4")
+env.reset(seed=1)
+env.step(env.action_space.sample())
+for stage, body in ((evaluate_alignment, "Ant-v4"), (collect_dataset, "Walker2d-v4"), (transfer_cheetah_vel, "HalfCheetah-v4")):
+    simulator = stage.Simulator(body, [1, 2])
+    simulator.step([0, 1], [simulator.env.action_space.sample() for _ in range(2)])
+train_qalign_dt.Log  # writes with torch.utils.tensorboard, which is among the modules
+print("all imported and stepped")
+"""
+
+
+def imports() -> list[str]:
+    """The modules that the scripts import, anywhere in the file."""
+    names = set()
+    for script in SCRIPTS:
+        for node in ast.walk(ast.parse((ROOT / f"{script}.py").read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names.add(node.module)
+    return sorted(name for name in names if name.partition(".")[0] not in OPTIONAL)
+
+
+def import_and_step(requirements: str) -> subprocess.CompletedProcess:
+    import json
+
+    folders = [str(ROOT), str(ROOT / "data"), str(ROOT / "results")]
+    text = json.dumps([blocked_modules(requirements), folders, imports()])
+    return subprocess.run([sys.executable, "-c", PROGRAM], input=text, capture_output=True, text=True, timeout=300)
+
+
+def test_requirements_are_enough_for_every_script():
+    """With everything else blocked that happens to be installed here."""
+    result = import_and_step((ROOT / "requirements.txt").read_text())
+    assert result.returncode == 0 and "all imported and stepped" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("missing", ["imageio", "scipy", "tensorboard", "filelock"])
+def test_a_requirement_that_is_left_out_is_blocked(missing):
+    """So the test above fails without it. (Gymnasium's MuJoCo environments import imageio, and do not say so.)"""
+    text = (ROOT / "requirements.txt").read_text()
+    without = re.sub(rf"(?m)^{missing}==.*\n", "", text)
+    others = closure(without)
+    assert without != text and missing not in blocked_modules(text)
+    # filelock is torch's requirement too
+    assert (missing in blocked_modules(without)) == (missing not in others) == (missing != "filelock")
+
+
+@pytest.mark.slow
+def test_without_imageio_the_scripts_do_not_start():
+    without = re.sub(r"(?m)^imageio==.*\n", "", (ROOT / "requirements.txt").read_text())
+    result = import_and_step(without)
+    assert result.returncode == 1 and "No module named 'imageio'" in result.stderr
+
+
+@pytest.mark.parametrize("file", ["requirements.txt", "tests/requirements-oracle.txt"])
+def test_requirements_are_pinned(file):
+    from packaging.requirements import Requirement
+
+    lines = [line.partition("#")[0].strip() for line in (ROOT / file).read_text().splitlines()]
+    requirements = [Requirement(line) for line in lines if line]
+    assert requirements and all([x.operator for x in r.specifier] == ["=="] for r in requirements)
+    names = {r.name for r in requirements}
+    assert ("d4rl" in names) == ("oracle" in file) and (file != "requirements.txt" or {"torch", "imageio", "pytest"} < names)
+
+
+def module(script: str):
+    return importlib.import_module(script.rpartition("/")[2])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_has_a_text_for_every_flag(script, monkeypatch):
+    import dataclasses
+
+    monkeypatch.setenv("COLUMNS", "160")
+    stage = module(script)
+    if hasattr(stage, "run"):
+        code, out, err = call(stage, "--help")
+    else:
+        code, out, err = subprocess_help(ROOT / f"{script}.py")
+    assert (code, err) == (0, "")
+    text = re.sub(r"[\u2500-\u257f]", " ", out)  # boxes
+    assert " ".join(stage.__doc__.split())[:60] in " ".join(text.split())
+    flags = re.split(r"(?m)^\s*(?=(?:-\w, )?--[a-z])", text)[1:]
+    texts = {re.match(r"(?:-\w, )?--([a-z0-9-]+)", flag)[1]: flag for flag in flags}
+    for field in dataclasses.fields(stage.Args):
+        flag = field.name.replace("_", "-")
+        assert flag in texts, flag
+        words = re.sub(r"\((?:default|required|repeatable)[^()]*\)", "", texts[flag].partition("\n")[2] or texts[flag])
+        assert len(re.findall(r"[a-z]{2,}", words)) >= 3, (flag, texts[flag])
+
+
+def subprocess_help(path, cwd=None):
+    result = subprocess.run([sys.executable, path, "--help"], cwd=cwd, capture_output=True, text=True, timeout=300)
+    return result.returncode, result.stdout, result.stderr
+
+
+ALONE = [pytest.param(s, marks=() if s in ("train_qalign_dt", "data/collect_dataset") else pytest.mark.slow) for s in STAGES]
+
+
+@pytest.mark.parametrize("script", ALONE)
+def test_each_stage_is_one_file(script, tmp_path):
+    """Copied away alone, from another working directory."""
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    path = shutil.copy(ROOT / f"{script}.py", tmp_path / "alone")
+    code, out, err = subprocess_help(path, cwd=tmp_path / "elsewhere")
+    assert (code, err) == (0, "") and "--seed" in out
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [path]
