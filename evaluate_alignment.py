@@ -188,6 +188,19 @@ class MLP(nn.Module):
 # ======== end of shared: critic ========
 
 
+def load_critic(trained: "Trained") -> MLP | None:
+    """The critic of a stage 2 checkpoint, on its policy's device; None where there was no alignment loss."""
+    task, config, weights = trained.task, trained.content["config"], trained.content.get("critic")
+    if weights is None:
+        return None
+    try:
+        critic = MLP(2, task.obs_dim + task.act_dim, config["critic_width"])
+        critic.load_state_dict(weights)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        fail(f"{trained.path}: its critic is not whole ({one_line(error)}); train it again")
+    return critic.to(next(trained.policy.parameters()).device)
+
+
 def target_returns(returns: np.ndarray, step: float) -> np.ndarray:
     """The dataset's lowest return, + step, ... up to its highest (raw); 12 evenly spaced ones if that gives fewer."""
     targets = np.arange(returns.min(), returns.max() + 1e-9, step)
@@ -205,7 +218,7 @@ def sweep(trained: "Trained", targets: np.ndarray, high_targets, rollouts: int, 
     Returns the record that alignment.json holds, and the forward velocity of every step (targets, rollouts, HORIZON) in
     m/s, NaN after a rollout's end.
     """
-    task, critic = trained.task, trained.critic
+    task, critic = trained.task, load_critic(trained)
     every_target = np.repeat(np.concatenate([targets, high_targets]), rollouts)
     # every rollout of the sweep starts differently, every checkpoint in the same states
     seeds = np.random.SeedSequence(seed).generate_state(len(every_target)) >> 1
@@ -366,7 +379,6 @@ class Trained(NamedTuple):
     path: Path
     task: "Task"
     policy: Policy
-    critic: nn.Module | None  # None where there was no alignment loss
     content: dict  # everything that the file holds
 
     def identity(self) -> dict:
@@ -392,16 +404,12 @@ def label_of(record: dict) -> str:
 
 def load_policy(path: Path, precision: str, device: torch.device) -> Trained:
     """Read a stage 2 checkpoint; exits 2 if it is anything else."""
-    content, critic = load_checkpoint(path, "train_qalign_dt"), None
+    content = load_checkpoint(path, "train_qalign_dt")
     try:
         task, config = parse_env(content["env"]), content["config"]
         policy = make_policy(task, config, use_bf16(precision, device))
         policy.load_state_dict(content["policy"])
-        if config["lambda_e"] > 0:
-            critic = MLP(2, task.obs_dim + task.act_dim, config["critic_width"])
-            critic.load_state_dict(content["critic"])
-            critic = critic.to(device)
-        found = Trained(path, task, policy.to(device).eval(), critic, content)
+        found = Trained(path, task, policy.to(device).eval(), content)
         found.identity()
         if not (len(content["episode_returns"]) and all(p.isfinite().all() for p in policy.parameters())):
             raise ValueError("weights that are not finite")
@@ -686,7 +694,9 @@ def pick_device(name: str) -> torch.device:
 
 def make_env(env_id: str):
     """Gymnasium's environment without its time limit, its known warnings, and MuJoCo's MUJOCO_LOG.TXT about them."""
-    import mujoco  # imported here: a bad MUJOCO_GL stops it
+    if os.environ.get("MUJOCO_GL", "egl").lower() not in ("egl", "glfw", "osmesa", "cgl", "wgl", "disable", "off"):
+        del os.environ["MUJOCO_GL"]  # any other value would stop `import mujoco`
+    import mujoco
 
     known = "'settotalmass' is deprecated"  # a remark on Gymnasium's half_cheetah.xml
     mujoco.set_mju_user_warning(lambda text: None if known in text else warnings.warn(f"MuJoCo: {text}", stacklevel=2))

@@ -982,7 +982,9 @@ def d4rl_file(task: Task) -> Path:
 
 def make_env(env_id: str):
     """Gymnasium's environment without its time limit, its known warnings, and MuJoCo's MUJOCO_LOG.TXT about them."""
-    import mujoco  # imported here: a bad MUJOCO_GL stops it
+    if os.environ.get("MUJOCO_GL", "egl").lower() not in ("egl", "glfw", "osmesa", "cgl", "wgl", "disable", "off"):
+        del os.environ["MUJOCO_GL"]  # any other value would stop `import mujoco`
+    import mujoco
 
     known = "'settotalmass' is deprecated"  # a remark on Gymnasium's half_cheetah.xml
     mujoco.set_mju_user_warning(lambda text: None if known in text else warnings.warn(f"MuJoCo: {text}", stacklevel=2))

@@ -178,34 +178,6 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 
 # ======== end of shared: policy ========
 
-# ======== shared: critic ========
-
-
-class MLP(nn.Module):
-    """n independent networks, computed side by side: three hidden layers (App. D.1), Mish (release), linear output.
-
-    The critic is two of them: call with obs (..., obs_dim) standardised and act (..., act_dim); returns (n, ...), the
-    discounted raw return. Always float32, TF32 off: the alignment signal is a small difference of two large numbers.
-    """
-
-    def __init__(self, n: int, inputs: int, width: int):
-        super().__init__()
-        sizes = [(inputs, width), (width, width), (width, width), (width, 1)]
-        uniform = [(torch.empty(n, i, o), torch.empty(n, 1, o), i**-0.5) for i, o in sizes]  # as in nn.Linear
-        self.weights = nn.ParameterList(weight.uniform_(-bound, bound) for weight, _, bound in uniform)
-        self.biases = nn.ParameterList(bias.uniform_(-bound, bound) for _, bias, bound in uniform)
-
-    def forward(self, *inputs):
-        x = torch.cat(inputs, dim=-1)
-        rows = x.shape[:-1]
-        x = x.reshape(-1, x.shape[-1]).expand(len(self.weights[0]), -1, -1)  # (n, rows, inputs)
-        for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
-            x = F.mish(torch.baddbmm(bias, x, weight))
-        return torch.baddbmm(self.biases[-1], x, self.weights[-1]).view(-1, *rows)
-
-
-# ======== end of shared: critic ========
-
 
 COST = 0.05  # of |a|^2 in HalfCheetah-Vel; HalfCheetah-v4 has 0.1
 GRID = tuple(round(0.075 * k, 3) for k in range(1, 41))  # the benchmark's 40 tasks
@@ -376,7 +348,6 @@ class Trained(NamedTuple):
     path: Path
     task: "Task"
     policy: Policy
-    critic: nn.Module | None  # None where there was no alignment loss
     content: dict  # everything that the file holds
 
     def identity(self) -> dict:
@@ -402,16 +373,12 @@ def label_of(record: dict) -> str:
 
 def load_policy(path: Path, precision: str, device: torch.device) -> Trained:
     """Read a stage 2 checkpoint; exits 2 if it is anything else."""
-    content, critic = load_checkpoint(path, "train_qalign_dt"), None
+    content = load_checkpoint(path, "train_qalign_dt")
     try:
         task, config = parse_env(content["env"]), content["config"]
         policy = make_policy(task, config, use_bf16(precision, device))
         policy.load_state_dict(content["policy"])
-        if config["lambda_e"] > 0:
-            critic = MLP(2, task.obs_dim + task.act_dim, config["critic_width"])
-            critic.load_state_dict(content["critic"])
-            critic = critic.to(device)
-        found = Trained(path, task, policy.to(device).eval(), critic, content)
+        found = Trained(path, task, policy.to(device).eval(), content)
         found.identity()
         if not (len(content["episode_returns"]) and all(p.isfinite().all() for p in policy.parameters())):
             raise ValueError("weights that are not finite")
@@ -696,7 +663,9 @@ def pick_device(name: str) -> torch.device:
 
 def make_env(env_id: str):
     """Gymnasium's environment without its time limit, its known warnings, and MuJoCo's MUJOCO_LOG.TXT about them."""
-    import mujoco  # imported here: a bad MUJOCO_GL stops it
+    if os.environ.get("MUJOCO_GL", "egl").lower() not in ("egl", "glfw", "osmesa", "cgl", "wgl", "disable", "off"):
+        del os.environ["MUJOCO_GL"]  # any other value would stop `import mujoco`
+    import mujoco
 
     known = "'settotalmass' is deprecated"  # a remark on Gymnasium's half_cheetah.xml
     mujoco.set_mju_user_warning(lambda text: None if known in text else warnings.warn(f"MuJoCo: {text}", stacklevel=2))

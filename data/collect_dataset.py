@@ -66,20 +66,16 @@ class Args:
 # CleanRL's settings of SAC for MuJoCo. With the SAC paper's 3e-4 for the critic and alpha too, seed 1 of Hopper still
 # made one hop and fell (return 320) after 110,000 steps; with these it was at 1,800 after 65,000.
 GAMMA, TAU, WIDTH, BATCH = 0.99, 0.005, 256, 256
-ACTOR_LR, CRITIC_LR, ALPHA_LR = 3e-4, 1e-3, 1e-3
+LR = {"actor": 3e-4, "critic": 1e-3, "alpha": 1e-3}  # learning rates of Adam
 START = 5_000  # environment steps of uniformly random actions, before the first gradient step
 EVAL_EVERY, EVAL_EPISODES, LOG_EVERY = 5_000, 10, 1_000  # in environment steps; an evaluation acts without noise
 RECORD_ENVS, MINI_POOL, MINI_BINS = 64, 10, 20  # mini draws from MINI_POOL times as much, by MINI_BINS bins of return
-BODIES = {"Hopper-v4": "hopper", "HalfCheetah-v4": "halfcheetah", "Walker2d-v4": "walker2d", "Ant-v4": "ant"}
+BODY_IDS = {"Hopper-v4": "hopper", "HalfCheetah-v4": "halfcheetah", "Walker2d-v4": "walker2d", "Ant-v4": "ant"}
 D4RL_KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
 
 
 class Episodes:
-    """n environments in lockstep, each playing one episode after the other.
-
-    Episode k, in the order of their beginning, starts from env.reset(seed=first_seed + k): recorded actions are enough
-    to continue a run.
-    """
+    """n environments, each playing one episode after the other; number k, as they begin, starts from first_seed + k."""
 
     def __init__(self, env_id: str, n: int, first_seed: int):
         try:
@@ -89,14 +85,12 @@ class Episodes:
         obs, act = self.envs[0].observation_space, self.envs[0].action_space
         vectors = all(isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1 for space in (obs, act))
         if not (vectors and np.isfinite([act.low, act.high]).all() and self.limit):
-            fail(
-                f"--env-id {env_id}: {obs}, {act}, time limit {self.limit}: not vectors, bounded actions, limited time"
-            )
+            fail(f"--env-id {env_id}: needs vectors, bounded actions and a time limit; has {obs}, {act}, {self.limit}")
         self.low, self.high = np.float32(act.low), np.float32(act.high)  # (act_dim,)
         self.obs = np.zeros((n, 111 if env_id == "Ant-v4" else obs.shape[0]))  # D4RL's Ant ends in 84 zeros
         scalars = [("rewards", "f4"), ("terminals", "?"), ("timeouts", "?"), ("episode", "i4")]
         self.row = np.dtype([("observations", "f4", self.obs.shape[1]), ("actions", "f4", act.shape), *scalars])
-        self.action_type = np.float64 if env_id in BODIES else np.float32  # the other stages compute rewards in float64
+        self.action_type = np.float64 if env_id in BODY_IDS else np.float32  # float64: rewards exactly as in stage 3
         self.first_seed, self.number, self.t = first_seed, *np.zeros((2, n), np.int64)
         for i in range(n):
             self.begin(i, i)
@@ -107,19 +101,18 @@ class Episodes:
         self.obs[i, : len(obs)], self.number[i], self.t[i] = obs, number, 0  # t: steps of the episode so far
 
     def play(self, i: int, action: np.ndarray):
-        """env.step of environment i: reward, terminated, truncated."""
+        """env.step of environment i: reward, terminated, cut by the time limit."""
         obs, reward, terminated, truncated, _ = self.envs[i].step(action.astype(self.action_type))
         self.obs[i, : len(obs)] = obs
         self.t[i] += 1
-        return reward, terminated, truncated or self.t[i] == self.limit
+        return reward, terminated, (truncated or self.t[i] == self.limit) and not terminated
 
     def step(self, actions: np.ndarray) -> np.ndarray:
         """The n transitions of actions (n, act_dim) float32. Where an episode has ended the next one begins."""
         rows = np.empty(len(actions), self.row)
         rows["observations"], rows["actions"], rows["episode"] = self.obs, actions, self.number
         for i, row in enumerate(rows):
-            row["rewards"], row["terminals"], truncated = self.play(i, actions[i])
-            row["timeouts"] = truncated and not row["terminals"]
+            row["rewards"], row["terminals"], row["timeouts"] = self.play(i, actions[i])
             if row["terminals"] or row["timeouts"]:
                 self.begin(i, self.number.max() + 1)
         return rows
@@ -179,12 +172,9 @@ class SAC:
         self.critic = nn.ModuleList([mlp(obs_dim + len(low), 1) for _ in range(2)])
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.zeros(()))
-        self.actor_opt = torch.optim.Adam(self.actor.parameters(), lr=ACTOR_LR, fused=True)
-        self.critic_opt = torch.optim.Adam(self.critic.parameters(), lr=CRITIC_LR, fused=True)
-        self.alpha_opt = torch.optim.Adam([self.log_alpha], lr=ALPHA_LR, fused=True)
-        self.parts = dict(actor=self.actor, critic=self.critic, target_critic=self.target_critic)  # of resume.pt
-        self.parts |= dict(alpha=nn.ParameterList([self.log_alpha]), alpha_opt=self.alpha_opt)
-        self.parts |= dict(actor_opt=self.actor_opt, critic_opt=self.critic_opt)
+        nets = dict(actor=self.actor, critic=self.critic, alpha=nn.ParameterList([self.log_alpha]))
+        self.opts = {k: torch.optim.Adam(net.parameters(), lr=LR[k], fused=True) for k, net in nets.items()}
+        self.parts = nets | {f"{k}_opt": opt for k, opt in self.opts.items()} | {"target_critic": self.target_critic}
 
     def step(self, replay: np.ndarray, num_envs: int) -> torch.Tensor:
         """One gradient step of all; returns the values of `metrics`, and a 1 that counts them (5,)."""
@@ -199,14 +189,16 @@ class SAC:
             y = reward + GAMMA * ~terminal * q_next
         q = q_values(self.critic, obs, act)
         q_loss = (~timeout * (q - y) ** 2).mean(dim=1).sum()  # at a timeout the buffer has no s'
-        descend(self.critic_opt, q_loss)
+        descend(self.opts["critic"], q_loss)
+
         self.critic.requires_grad_(False)
         act, log_pi = self.actor(obs, self.generator)
         actor_loss = (self.log_alpha.exp().detach() * log_pi - q_values(self.critic, obs, act).amin(dim=0)).mean()
-        descend(self.actor_opt, actor_loss)
+        descend(self.opts["actor"], actor_loss)
         self.critic.requires_grad_(True)
+
         # raises alpha while the policy's entropy is below its target, -act_dim
-        descend(self.alpha_opt, -self.log_alpha.exp() * (log_pi.detach().mean() - act.shape[1]))
+        descend(self.opts["alpha"], -self.log_alpha.exp() * (log_pi.detach().mean() - act.shape[1]))
         ema_update(self.target_critic, self.critic, TAU)
         return torch.stack((q_loss, actor_loss, q[0].mean(), self.log_alpha.exp(), torch.ones(()))).detach()
 
@@ -221,7 +213,7 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     n, out_dir = args.num_envs, Path(args.out_dir or Path(__file__).resolve().parent)
     envs = Episodes(args.env_id, n, args.seed * 10**18)
-    body = BODIES.get(args.env_id) or re.sub(r"[^a-z0-9]+", "_", args.env_id.lower())
+    body = BODY_IDS.get(args.env_id) or re.sub(r"[^a-z0-9]+", "_", args.env_id.lower())
     files = {q: out_dir / (f"{body}-mini.hdf5" if q == "mini" else f"{body}-{q}-local.hdf5") for q in args.qualities}
     identity = dict(env_id=args.env_id, seed=args.seed, num_envs=n, exp_name=args.exp_name)
     identity |= {name: importlib.metadata.version(name) for name in ("gymnasium", "mujoco")}
@@ -259,8 +251,7 @@ def main() -> None:
             if step % EVAL_EVERY < n or step >= args.total_steps:
                 checksum = save_replay(folder / "replay.bin", replay[:step])
                 counters = dict(step=step, rows=rows, returns=returns, checksum=checksum)
-                content = dict(stage="collect_dataset", config=identity, counters=counters)
-                save_resume(folder, content, learner, sums)
+                save_resume(folder, dict(stage="collect_dataset", config=identity, counters=counters), learner, sums)
             if step >= args.total_steps:
                 break
             if step < START:
@@ -281,8 +272,7 @@ def main() -> None:
 
         # what is known at --total-steps, even if the run is longer
         known = {row["step"]: row["return"] for row in returns if row["step"] < args.total_steps + n}
-        policies = choose_policies(known, args.medium_return)
-        problems = []
+        policies, problems = choose_policies(known, args.medium_return), []
         for quality, path in files.items():
             steps = policies[quality]
             attributes[quality] |= dict(policy_step=steps, policy_return=[known[k] for k in steps])
@@ -324,10 +314,7 @@ def collect(quality: str, steps: list[int], replay: np.ndarray, folder: Path, ac
 
 
 def record(actor: Actor, args: Args, step: int | None, episodes=0, transitions=0) -> np.ndarray:
-    """Enough whole episodes of a training step's policy, acting by sampling; step None: an evaluation, without noise.
-
-    They are the first to begin: the first to end would be the short ones.
-    """
+    """Enough whole episodes of one step's policy, acting by sampling; step None: an evaluation, without noise."""
     # the training's episodes have the seeds 10**18 seed + 0, 1, ...; those of an evaluation and of each policy follow
     seed = args.seed * 10**18 + (1 if step is None else step + 2) * 10**9
     envs = Episodes(args.env_id, episodes or min(RECORD_ENVS, -(-transitions // HORIZON)), seed)
@@ -342,7 +329,7 @@ def record(actor: Actor, args: Args, step: int | None, episodes=0, transitions=0
             whole += 1
         bar.update(total - bar.n)
     bar.close()
-    rows = np.concatenate(blocks)
+    rows = np.concatenate(blocks)  # of the first episodes to begin: the first to end would be the short ones
     return whole_episodes(rows[rows["episode"] < whole])
 
 
@@ -412,6 +399,8 @@ def write_hdf5(path: Path, rows: np.ndarray, attributes: dict) -> None:
         f.attrs.update(attributes | {"command": shlex.join(["python", "data/collect_dataset.py", *sys.argv[1:]])})
     if os.path.lexists(path):  # it was not when this process began
         fail(f"{path} is there by now: another process has written it; choose another --out-dir")
+    for left in path.parent.glob(f"{path.name}.*.tmp"):  # of a killed process
+        left.unlink()
     write_file(path, buffer.getbuffer())
     returns = episode_returns(rows)
     counts, edges = np.histogram(returns)
@@ -595,7 +584,9 @@ class Log:
 
 def make_env(env_id: str):
     """Gymnasium's environment without its time limit, its known warnings, and MuJoCo's MUJOCO_LOG.TXT about them."""
-    import mujoco  # imported here: a bad MUJOCO_GL stops it
+    if os.environ.get("MUJOCO_GL", "egl").lower() not in ("egl", "glfw", "osmesa", "cgl", "wgl", "disable", "off"):
+        del os.environ["MUJOCO_GL"]  # any other value would stop `import mujoco`
+    import mujoco
 
     known = "'settotalmass' is deprecated"  # a remark on Gymnasium's half_cheetah.xml
     mujoco.set_mju_user_warning(lambda text: None if known in text else warnings.warn(f"MuJoCo: {text}", stacklevel=2))

@@ -331,7 +331,7 @@ def summarise(study: str, args: Args, records: dict[tuple[str, int], dict], miss
     file = Path(args.results_dir, f"{study}__{args.env}.md")
     seeds = {label: [seed for other, seed in records if other == label] for label, _ in records}
     names = list(next(iter(records.values()))["quantities"])
-    rows = [["", *(f"{label} (seeds {', '.join(map(str, every))})" for label, every in seeds.items())]]
+    rows = [["quantity", *(f"{label} (seeds {', '.join(map(str, every))})" for label, every in seeds.items())]]
     rows += [["---"] * len(rows[0])]
     for name in names:
         rows += [

@@ -13,7 +13,7 @@ from PIL import Image
 
 import transfer_cheetah_vel as transfer
 
-ENV, STEPS = "halfcheetah-medium-expert-tiny", 30
+ENV, STEPS = "halfcheetah-medium-expert-tiny", 16
 
 
 class HalfCheetahVel(gymnasium.Wrapper):
@@ -38,13 +38,12 @@ def save_policy(path, env=ENV, seed=0, lambda_e=0.0):
     policy = transfer.make_policy(task, config, bf16=False)
     for p in policy.parameters():
         torch.nn.init.normal_(p, std=0.4)
-    critic = transfer.MLP(2, task.obs_dim + task.act_dim, 8)
     data = dict(label="tiny data", is_d4rl=False, digest="0123456789abcdef")
     content = dict(stage="train_qalign_dt", env=env, config=config, step=5, data=data)
     content |= dict(obs_mean=torch.full((task.obs_dim,), 0.1), obs_std=torch.full((task.obs_dim,), 1.5))
     content |= dict(episode_returns=torch.tensor([-50.0, 900.0]))
     path.parent.mkdir(exist_ok=True)
-    transfer.save_checkpoint(path, content | dict(policy=policy.state_dict(), critic=critic.state_dict()))
+    transfer.save_checkpoint(path, content | dict(policy=policy.state_dict(), critic=None))
     return path
 
 

@@ -1,0 +1,578 @@
+"""results/run_studies.py: what is compared, what is run and shared, resuming, failing runs, bad input, tables."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import filelock
+import h5py
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "results")]
+import run_studies as studies  # noqa: E402
+
+ENV = "hopper-medium-tiny"
+CRITIC = "--device cpu --critic-width 8 --total-steps 5"
+TRAIN = (
+    "--device cpu --precision fp32 --critic-width 8 --embed-dim 8 --n-layer 1 --n-head 1 --context-len 2 "
+    "--batch-size 4 --total-steps 5 --eval-every 0"
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """20 episodes of noise in Hopper's dimensions."""
+    rng, path, end = np.random.default_rng(0), tmp_path_factory.mktemp("data") / "noise.hdf5", np.arange(240) % 12 == 11
+    with h5py.File(path, "w") as f:
+        f["observations"], f["actions"] = rng.normal(size=(240, 11)), rng.uniform(-1, 1, (240, 3))
+        f["rewards"], f["terminals"], f["timeouts"] = rng.uniform(0, 2, 240), end, np.zeros(240, bool)
+    return path
+
+
+@pytest.fixture
+def main(monkeypatch, capfd, tmp_path):
+    """run_studies.py's main() in an empty folder: exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv):
+        monkeypatch.setattr(sys, "argv", ["run_studies.py", *map(str, argv)])
+        capfd.readouterr()
+        try:
+            studies.main()
+            code = 0
+        except SystemExit as exit:
+            code = exit.code
+        return code, *capfd.readouterr()
+
+    return run
+
+
+def make_args(folder, **values) -> studies.Args:
+    return studies.Args(("spearman",), runs_dir=str(folder / "runs"), results_dir=str(folder / "results"), **values)
+
+
+def make_record(run, errors=(2.0,) * 12, **values) -> dict:
+    """A record as a finished run leaves it; errors: achieved minus target score at each of its targets."""
+    sweep = [
+        dict(target_return=100.0 * i, target_score=10.0 * i, score_mean=10.0 * i + error, velocity_mean=0.1 * i)
+        for i, error in enumerate(errors)
+    ]
+    alignment = {
+        "trained_on": {"label": "hopper data, not D4RL: noise.hdf5", "is_d4rl": False, "digest": "0123"},
+        "total_steps": 5000,
+        "alignment_rmse": float(np.sqrt(np.mean(np.square(errors)))),
+        "best_score": 99.0,
+        "spearman_target_vs_real": 0.5,
+        "spearman_q_vs_return": 0.25,
+        "high_targets": [dict(target_return=1150.0, score_mean=70.0), dict(target_return=1380.0, score_mean=80.0)],
+        "sweep": sweep,
+    }
+    return {
+        "definition": run.definition,
+        "commands": [f"python train_qalign_dt.py --exp-name {run.name}"],
+        "seconds": {"critic": None, "training": 90.0, "sweep": 3.0},
+        "threads": "1",
+        "critic": {"q_mean": 27.0, "return_mean": 30.0, "spearman_discounted_vs_plain_return": 0.7},
+        "alignment": alignment | values,
+        "alignment_best": None,  # of the records before the redesign
+    }
+
+
+def write_record(run, record=None) -> None:
+    run.record_file.parent.mkdir(parents=True, exist_ok=True)
+    run.record_file.write_text(json.dumps(record or make_record(run)))
+
+
+def runs_of(study, args, data=None):
+    seeds = args.seeds or studies.SEEDS[study]
+    return [studies.Run(variant, seed, args, data or {}) for variant in studies.STUDIES[study] for seed in seeds]
+
+
+# ---- what is compared
+
+
+def test_names_that_studies_share_have_one_meaning():
+    variants = {variant for every in studies.STUDIES.values() for variant in every}
+    assert (
+        len({variant.exp_name for variant in variants}) == len({variant.label for variant in variants}) == len(variants)
+    )
+    critics = {(variant.critic, variant.critic_flags) for variant in variants if variant.critic}
+    assert len(critics) == len({name for name, _ in critics}) == 2
+    assert all(every[0] == studies.Q_ALIGN for every in studies.STUDIES.values())
+    assert set(studies.STUDIES) == set(studies.CLAIMS) == set(studies.SEEDS)
+    assert studies.SEEDS["components"] == (1, 2, 3) and studies.SEEDS["loss"] == (1, 2)
+
+
+def test_components_are_labelled_as_in_the_sweep():
+    import tyro
+
+    import evaluate_alignment
+    import train_qalign_dt
+
+    for variant in studies.STUDIES["components"]:
+        args = tyro.cli(train_qalign_dt.Args, args=variant.flags.split())
+        lambda_e = 0.02 if args.lambda_e is None else args.lambda_e
+        assert evaluate_alignment.method_of(lambda_e, args.conv, args.state_loss) == variant.label
+        assert (variant.critic is None) == (lambda_e == 0)
+    assert len(studies.STUDIES["components"]) == 5 and studies.STUDIES["lambda"][1] in studies.STUDIES["components"]
+
+
+def test_definition_of_a_run_is_that_of_earlier_records():
+    args = studies.Args(("loss",), critic_flags="--lr 1e-3")
+    run = studies.Run(studies.STUDIES["loss"][1], 2, args, {"hopper-mini.hdf5": "b8c036218f3244d3"})
+    assert run.definition == {
+        "run": "hopper-mini__symmetric__2",
+        "data": {"hopper-mini.hdf5": "b8c036218f3244d3"},
+        "flags": "--alignment symmetric",
+        "train_flags": "",
+        "critic_flags": "--lr 1e-3",
+        "rollouts": 10,
+        "target_step": 100.0,
+    }
+
+
+def test_commands_of_a_run(tmp_path):
+    args = make_args(tmp_path, env=ENV, dataset_path=("a", "b"), critic_flags="--lr 0.1", train_flags="--actor-lr 0.2")
+    runs, where = tmp_path / "runs", f"--env {ENV} --seed 2 --runs-dir {tmp_path}/runs"
+    stages = studies.Run(studies.STUDIES["discount"][1], 2, args, {}).stages
+    commands = {name: (folder.name, " ".join(command)) for name, (folder, command) in stages.items()}
+    critic = f"{ENV}__pretrain_q_gamma_0.997__2"
+    assert list(commands.items()) == [
+        (
+            "critic",
+            (
+                critic,
+                f"pretrain_q.py --lr 0.1 --gamma 0.997 {where} --dataset-path a b --exp-name pretrain_q_gamma_0.997",
+            ),
+        ),
+        (
+            "training",
+            (
+                f"{ENV}__gamma_0.997__2",
+                f"train_qalign_dt.py --actor-lr 0.2 {where} --dataset-path a b --exp-name gamma_0.997 "
+                f"--critic {runs}/{critic}/critic.pt",
+            ),
+        ),
+        (
+            "sweep",
+            (
+                f"{ENV}__gamma_0.997__2",
+                f"evaluate_alignment.py {where} --checkpoint {runs}/{ENV}__gamma_0.997__2/policy.pt "
+                "--rollouts 10 --target-step 100.0",
+            ),
+        ),
+    ]
+    dt = studies.Run(studies.STUDIES["components"][1], 1, args, {}).stages
+    assert list(dt) == ["training", "sweep"] and "--critic" not in dt["training"][1]
+    other = studies.Variant("other", "other", "--x 1", "baselines/other.py", critic=None)
+    assert (
+        studies.Run(other, 1, args, {}).stages["training"][1][:5] == "baselines/other.py --actor-lr 0.2 --x 1".split()
+    )
+
+
+# ---- runs
+
+
+def make_run(folder, name, source, **stages):
+    """A run whose training is a script of a few lines; `folder` and `alignment` (the file to write) are known to it."""
+    run = studies.Run(studies.Variant(name, name, critic=None), 1, make_args(folder), {})
+    script, run_folder = folder / f"{name}.py", stages.get("run_folder", run.stages["training"][0])
+    record = folder / f"{name}.json"
+    record.write_text(json.dumps(make_record(run)["alignment"]))
+    prelude = f"import os, shutil, sys, time\nfolder = {str(run_folder)!r}\nos.makedirs(folder, exist_ok=True)\n"
+    script.write_text(f"{prelude}{source}\nshutil.copy({str(record)!r}, folder + '/alignment.json')\n")
+    run.stages = {"training": (run_folder, [str(script)])}
+    return run
+
+
+def test_a_failing_run_shows_its_line_and_stops_no_other(tmp_path, capfd):
+    long = "print('step 1', end='\\r', file=sys.stderr); sys.exit('error: no space left')"
+    runs = [
+        make_run(tmp_path, "long", long),
+        make_run(tmp_path, "silent", "os._exit(3)"),
+        make_run(tmp_path, "killed", "os.kill(os.getpid(), 9)"),
+        make_run(tmp_path, "good", ""),
+    ]
+    start = time.monotonic()
+    records = studies.perform_all(runs, workers=2)
+    assert list(records) == ["hopper-mini__good__1"] and time.monotonic() - start < 30
+    assert records["hopper-mini__good__1"]["alignment"]["alignment_rmse"] == 2.0
+    assert [file.stem for file in (tmp_path / "results/records").iterdir()] == list(records)
+    out, err = capfd.readouterr()
+    log = f"(log: {tmp_path}/runs/logs/hopper-mini__"
+    assert sorted(err.splitlines()) == [
+        f"hopper-mini__killed__1: training ended with code -9: no output {log}killed__1.log)",
+        f"hopper-mini__long__1: training ended with code 1: error: no space left {log}long__1.log)",
+        f"hopper-mini__silent__1: training ended with code 3: no output {log}silent__1.log)",
+    ]
+    said = [f"hopper-mini__{name}__1: starts" for name in ("long", "silent", "killed", "good")]
+    assert sorted(out.splitlines()) == sorted([*said, "hopper-mini__good__1: finished"])
+
+
+def test_the_line_of_a_failure_is_of_the_last_attempt(tmp_path, capfd):
+    run = make_run(tmp_path, "silent", "sys.exit(3)")
+    run.log.parent.mkdir(parents=True)
+    run.log.write_text("error: of yesterday\n")
+    assert not studies.perform_all([run], workers=1)
+    assert "no output" in capfd.readouterr().err and run.log.read_text() == "error: of yesterday\n"
+
+
+def test_a_terminal_gets_a_status_line(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    studies.perform_all([make_run(tmp_path, "good", "time.sleep(0.3)")], workers=1)
+    assert "hopper-mini__good__1 training" in capfd.readouterr().err
+
+
+def test_workers_share_cores_and_cuda_devices(tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(7)), raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [share["CUDA_VISIBLE_DEVICES"] for share in studies.shares(3)] == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert [share["CUDA_VISIBLE_DEVICES"] for share in studies.shares(3)] == ["5", "7", "5"]
+    assert {share["OMP_NUM_THREADS"] for share in studies.shares(3)} == {"2"}
+    assert {share["OMP_NUM_THREADS"] for share in studies.shares(20)} == {"1"}
+    ask = "print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['OMP_NUM_THREADS'])"
+    runs = [make_run(tmp_path, f"ask_{i}", ask + "; time.sleep(1)") for i in range(2)]
+    assert [record["threads"] for record in studies.perform_all(runs, workers=2).values()] == ["3", "3"]
+    assert sorted(run.log.read_text() for run in runs) == ["5 3\n", "7 3\n"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert not any("CUDA_VISIBLE_DEVICES" in share for share in studies.shares(2))
+
+
+def test_a_shared_folder_has_one_process_at_a_time(tmp_path):
+    """As stage 1's, which several variants of a seed name."""
+    source = "open(folder + '/alone', 'x').close(); time.sleep(0.5); os.remove(folder + '/alone')"
+    runs = [make_run(tmp_path, name, source, run_folder=tmp_path / "shared") for name in ("one", "two", "three")]
+    assert len(studies.perform_all(runs, workers=3)) == 3
+
+
+def test_a_run_waits_for_a_process_that_holds_its_folder(tmp_path):
+    run, environment = make_run(tmp_path, "one", ""), {**os.environ, "OMP_NUM_THREADS": "1"}
+    folder, generator = run.stages["training"][0], studies.perform(run, environment, set())
+    folder.mkdir(parents=True)
+    with filelock.FileLock(folder / ".lock"):
+        assert [next(generator) for _ in range(3)] == [f"waits for {folder}"] * 3 and not run.log.exists()
+    assert next(generator) == "training"
+    generator.close()
+
+
+@pytest.mark.parametrize("left", [None, "resume.pt", "policy.pt"])
+def test_the_time_of_a_resumed_stage_is_unknown(left, tmp_path):
+    run = make_run(tmp_path, "one", "")
+    folder = run.stages["training"][0]
+    run.stages["sweep"] = run.stages["training"]
+    folder.mkdir(parents=True)
+    if left:
+        (folder / left).touch()
+    record = studies.perform_all([run], workers=1)[run.name]
+    assert (record["seconds"]["training"] is None) == bool(left) and record["seconds"]["sweep"] > 0
+    assert (record["quantities"]["minutes of training"] is None) == bool(left)
+
+
+def test_ctrl_c_ends_the_processes_and_the_same_runs_continue(tmp_path):
+    source = (
+        "open(folder + '/pid', 'a').write(f'{os.getpid()}\\n')\nif not os.path.exists(folder + '/go'): time.sleep(60)"
+    )
+    runs = [make_run(tmp_path, name, source) for name in ("one", "two", "three")]
+    files = [run.stages["training"][0] / "pid" for run in runs]
+
+    def interrupt():
+        while not (files[0].exists() and files[1].exists()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=interrupt, daemon=True).start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        studies.perform_all(runs, workers=2)
+    signal.signal(signal.SIGINT, previous)
+    assert time.monotonic() - start < 40 and not files[2].exists() and not (tmp_path / "results").exists()
+    for file in files[:2]:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.read_text()), 0)
+    for run in runs:
+        run.stages["training"][0].mkdir(exist_ok=True)
+        (run.stages["training"][0] / "go").touch()
+    assert len(studies.perform_all(runs, workers=2)) == 3
+    assert [len(file.read_text().split()) for file in files] == [2, 2, 1]
+
+
+def test_interrupted_or_unreadable_is_one_line(tmp_path):
+    """The program itself, stopped while it reads a record that never comes; then with a folder in its place."""
+    argv = [sys.executable, ROOT / "results/run_studies.py", "spearman", "--results-dir", tmp_path, "--seeds", "1"]
+    argv += ["--runs-dir", tmp_path / "runs"]
+    record = tmp_path / "records/hopper-mini__train_qalign_dt__1.json"
+    record.parent.mkdir()
+    os.mkfifo(record)
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, restore_signals=True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = subprocess.Popen(argv, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)
+        writer = os.open(record, os.O_WRONLY)  # waits until it reads
+        process.send_signal(number)
+        assert process.communicate() == ("", "error: interrupted; the same command continues\n")
+        assert process.returncode == 130
+        os.close(writer)
+    record.unlink()
+    record.mkdir()
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "Is a directory" in done.stderr
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path):
+    (tmp_path / "a/b").mkdir(parents=True)
+    with pytest.raises(OSError):
+        studies.write_file(tmp_path / "a", b"new")
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "b"]
+
+
+# ---- a whole study
+
+
+def test_a_study_from_data_to_table(data, main, tmp_path, monkeypatch):
+    monkeypatch.setitem(studies.STUDIES, "components", studies.STUDIES["components"][:2])
+    argv = (
+        f"components --env {ENV} --dataset-path {data} --seeds 1 --workers 2 --rollouts 1 --results-dir results".split()
+    )
+    argv += [f"--critic-flags={CRITIC}", f"--train-flags={TRAIN}"]
+    code, out, err = main(*argv)
+    assert (code, err) == (0, "") and out.startswith("2 runs, 0 of them finished before")
+    names = [f"{ENV}__train_qalign_dt__1", f"{ENV}__dt__1"]
+    assert sorted(out.splitlines()[1:-1]) == sorted(
+        f"{name}: {what}" for name in names for what in ("starts", "finished")
+    )
+    record = json.loads(Path(f"results/records/{names[0]}.json").read_text())
+    assert record["alignment"] == json.loads(Path(f"runs/{names[0]}/alignment.json").read_text())
+    assert record["critic"] == json.loads(Path(f"runs/{ENV}__pretrain_q__1/report.json").read_text())
+    assert all(record["seconds"][stage] > 0 for stage in ("critic", "training", "sweep"))
+    assert [command.split()[1] for command in record["commands"]] == [
+        "pretrain_q.py",
+        "train_qalign_dt.py",
+        "evaluate_alignment.py",
+    ]
+    text = Path(f"results/components__{ENV}.md").read_text()
+    assert "| Q-Align DT (seeds 1) | DT (seeds 1) |" in text and "hopper data, not D4RL: noise.hdf5" in text
+    assert record["commands"][1] in text and "Missing" not in text
+    rows = list(csv.DictReader(open(f"results/components__{ENV}.csv")))
+    assert [(row["variant"], row["seed"]) for row in rows] == [("Q-Align DT", "1"), ("DT", "1")]
+    assert float(rows[0]["alignment RMSE"]) == record["alignment"]["alignment_rmse"]
+    assert rows[1]["critic: mean Q / mean return"] == "" != rows[0]["critic: mean Q / mean return"]
+    assert Path(f"results/components__{ENV}.png").read_bytes()[:4] == b"\x89PNG"
+
+    def run_again(*_):
+        raise AssertionError("something is run again")
+
+    monkeypatch.setattr(studies, "perform_all", run_again)
+    before = Path(f"results/components__{ENV}.md").read_bytes()
+    code, out, err = main(*argv)
+    assert code == 0 and out.startswith("2 runs, 2 of them finished before")
+    assert Path(f"results/components__{ENV}.md").read_bytes() == before
+    code, out, err = main(*argv, "--target-step", 50)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert "target_step 100.0 there, 50.0 here; choose another --results-dir" in err
+
+
+def test_missing_runs_are_named_and_the_others_tabulated(main, tmp_path, monkeypatch):
+    first, second = runs_of("spearman", replace(make_args(tmp_path), seeds=(1, 2)))
+    write_record(first)
+    monkeypatch.setattr(studies, "check", lambda *_: None)
+    monkeypatch.setattr(studies, "perform_all", lambda runs, workers: {})
+    monkeypatch.setattr(studies, "ROOT", tmp_path)  # where there is no data
+    code, out, err = main("spearman", "--seeds", 1, 2, "--results-dir", "results")
+    assert code == 1 and err == "error: 1 of 2 runs are missing; the same command continues\n"
+    text = Path("results/spearman__hopper-mini.md").read_text()
+    assert f"Missing: {second.name}." in text and "Q-Align DT (seeds 1) |" in text
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("colours", "unknown study colours: choose of components, "),
+        ("", "unknown study (none named)"),
+        ("loss --workers 0", "--workers 0: must be at least 1"),
+        ("loss --rollouts 0", "--rollouts 0: must be between 1"),
+        ("loss --target-step nan", "--target-step nan: must be between"),
+        ("loss --seeds -1", "--seed -1: must be between 0"),
+        ("loss --env hoper-mini", "did you mean hopper-mini"),
+        ("loss --env antmaze-umaze-v2", "AntMaze has no simulator here"),
+        ("loss --dataset-path none.hdf5", "none.hdf5"),
+        ("loss --results-dir {file}/x", "cannot write to {file}"),
+        ("loss --runs-dir {file}/x", "cannot write to {file}"),
+        ("loss --train-flags='x", "No closing quotation"),
+        ("loss --critic-flags='x", "No closing quotation"),
+        ("loss --train-flags=--help", "train_qalign_dt.py: --help and the like cannot be passed on"),
+        ("loss --critic-flags=-h", "pretrain_q.py: --help and the like cannot be passed on"),
+        ("loss --train-flags=--seed=3", "--seed cannot be passed on"),
+        ("loss --train-flags=--exp_name\tx", "--exp-name cannot be passed on"),
+        ("loss --train-flags=--critic\tx", "--critic cannot be passed on"),
+        ("loss --critic-flags=--lamda\t1", "pretrain_q.py: Unrecognized options: --lamda"),
+        ("loss --train-flags=--total-steps\tmany", "train_qalign_dt.py: Error parsing --total-steps"),
+        ("components --train-flags=--no-state-loss", "--no-state-loss is for a Decision Transformer"),
+        ("loss --train-flags=--device\tcuda", "no CUDA device"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(flags, message, main, tmp_path_factory, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    file = tmp_path_factory.mktemp("other") / "file"
+    file.touch()
+    argv = [word.replace("\t", " ").format(file=file) for word in flags.split(" ") if word]
+    code, _, err = main(*argv, *([] if "--results-dir" in flags else ["--results-dir", "results"]))
+    assert code == 2 and message.format(file=file) in err and len(err.splitlines()) == 1 and not os.listdir()
+    assert not file.stat().st_size
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: "",
+        lambda record: "\x00",
+        lambda record: "[]",
+        lambda record: "null",
+        lambda record: "{}",
+        lambda record: record | {"alignment": None},
+        lambda record: record | {"definition": []},
+        lambda record: record | {"critic": [1]},
+        lambda record: record | {"commands": None},
+        lambda record: record | {"seconds": {"training": "long"}},
+        lambda record: record | {"alignment": record["alignment"] | {"alignment_rmse": float("nan")}},
+        lambda record: record | {"alignment": record["alignment"] | {"alignment_rmse": "2"}},
+        lambda record: record | {"alignment": record["alignment"] | {"sweep": []}},
+        lambda record: record | {"alignment": record["alignment"] | {"high_targets": []}},
+        lambda record: record | {"alignment": record["alignment"] | {"trained_on": "data"}},
+        lambda record: record | {"alignment": record["alignment"] | {"total_steps": "5"}},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value")
+def test_a_foreign_record_is_one_line(change, main, tmp_path):
+    run = studies.Run(studies.Q_ALIGN, 1, make_args(tmp_path), {})
+    content = change(make_record(run))
+    run.record_file.parent.mkdir(parents=True)
+    run.record_file.write_text(content if isinstance(content, str) else json.dumps(content))
+    code, out, err = main("spearman", "--seeds", 1, "--results-dir", tmp_path / "results")
+    assert code == 2 and "not a record of this program" in err and len(err.splitlines()) == 1 and not out
+    assert run.record_file.name in err and not (tmp_path / "runs").exists()
+
+
+# ---- tables
+
+
+def test_quantities_of_a_record(tmp_path):
+    run = studies.Run(studies.Q_ALIGN, 1, make_args(tmp_path), {})
+    errors = [1.0, -1, 1, -1] + [2.0, 2, -2, -2, 2] + [3.0, 4, 3, -4]
+    record = make_record(run, errors)
+    velocities = (0, 1, 2, 3, 4, 5, 8, 7, 6, 9, 10, 11, 12)
+    for row, velocity in zip(record["alignment"]["sweep"], velocities):
+        row["velocity_mean"] = float(velocity)
+    found = studies.quantities(record)
+    assert found == {
+        "alignment RMSE": record["alignment"]["alignment_rmse"],
+        "RMSE at the lowest third of the targets": 1.0,
+        "RMSE at the middle third of the targets": 2.0,
+        "RMSE at the highest third of the targets": 12.5**0.5,
+        "score at the data's highest return": 70.0,  # the first of the high targets, not the best
+        "Spearman of target and return": 0.5,
+        "Spearman of target and velocity": pytest.approx(1 - 6 * (2**2 + 2**2) / (13 * (13**2 - 1))),
+        "Spearman of Q and return": 0.25,
+        "Spearman of Q and discounted return": None,
+        "data: Spearman of discounted and plain return": 0.7,
+        "critic: mean Q / mean return": 0.9,
+        "minutes of training": 1.5,
+    }
+    record |= {"critic": None, "seconds": {"training": None}}
+    for row in record["alignment"]["sweep"]:
+        row["velocity_mean"] = 1.0
+    unknown = {name for name, value in studies.quantities(record).items() if value is None}
+    assert unknown == {name for name in found if "critic" in name or "data:" in name or "minutes" in name} | {
+        "Spearman of target and velocity",
+        "Spearman of Q and discounted return",
+    }
+    record["critic"] = {"q_mean": None, "return_mean": None}  # no return of the data is known
+    assert studies.quantities(record)["critic: mean Q / mean return"] is None
+
+
+def test_score_on_d4rl_data_is_at_the_high_target_nearest_to_its_highest_return(tmp_path):
+    run = studies.Run(studies.Q_ALIGN, 1, make_args(tmp_path), {})
+    high = [dict(target_return=x, score_mean=x / 10) for x in (500.0, 1300.0, 4000.0)]  # the sweep ends at 1100
+    trained_on = {"label": "hopper-medium-v2 (D4RL)", "is_d4rl": True, "digest": "0"}
+    record = make_record(run, high_targets=high, trained_on=trained_on)
+    assert studies.quantities(record)["score at the data's highest return"] == 130.0
+    record["alignment"]["trained_on"]["is_d4rl"] = False
+    assert studies.quantities(record)["score at the data's highest return"] == 50.0
+
+
+def test_cells_have_the_mean_scipys_interval_and_every_seed():
+    assert studies.cell([2.0, 4.0]) == "**3.00** [2.00, 4.00] (2.00, 4.00)"
+    assert studies.cell([1.0]) == "**1.00** (1.00)" and studies.cell([2.0, 2.0]) == "**2.00** (2.00, 2.00)"
+    assert studies.cell([None, 1.5]) == "**1.50** (-, 1.50)" and studies.cell([None, None]) == "-"
+    values, rng = [1.0, 2.0, 4.0, 8.0, 16.0], np.random.default_rng(1)
+    means = rng.choice(values, (100_000, 5)).mean(axis=1)
+    low, high = map(float, studies.cell(values).partition("[")[2].partition("]")[0].split(", "))
+    assert abs(low - np.quantile(means, 0.025)) < 0.2 and abs(high - np.quantile(means, 0.975)) < 0.3
+
+
+def test_finished_runs_are_tabulated_without_running_anything(main, tmp_path, monkeypatch):
+    """Two studies that share runs, from records alone; from another folder than the runs'."""
+    monkeypatch.setattr(studies, "check", None)
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    for i, run in enumerate(runs_of("loss", make_args(tmp_path)) + runs_of("spearman", make_args(tmp_path))[2:]):
+        write_record(run, make_record(run, [i + 1.0] * 12))
+    code, out, err = main("loss", "spearman", "--results-dir", "results")
+    assert code == 0 and not err and out.startswith("7 runs, 7 of them finished before")
+    assert out.splitlines()[1:] == ["loss: results/loss__hopper-mini.md", "spearman: results/spearman__hopper-mini.md"]
+    text = Path("results/loss__hopper-mini.md").read_text()
+    assert text.startswith("# loss: the symmetric penalty is unstable") and "12 target returns, 10 rollouts" in text
+    heads = "| quantity | Q-Align DT (seeds 1, 2) | symmetric (seeds 1, 2) | squared (seeds 1, 2) |"
+    assert f"\n\n{heads}\n| --- | --- | --- | --- |\n| alignment RMSE |" in text
+    row = next(line for line in text.splitlines() if line.startswith("| alignment RMSE |"))
+    assert row.split(" | ")[1:3] == ["**1.50** [1.00, 2.00] (1.00, 2.00)", "**3.50** [3.00, 4.00] (3.00, 4.00)"]
+    assert "Spearman of Q and discounted return" not in text  # no record has it
+    assert "best score" not in text and "hopper-mini__squared__1\n" in text and "squared__2\n" not in text
+    rows = list(csv.reader(open("results/loss__hopper-mini.csv")))
+    assert [row[:3] for row in rows][:3] == [["variant", "seed", "alignment RMSE"], ["Q-Align DT", "1", "1.0"]] + [
+        ["Q-Align DT", "2", "2.0"]
+    ]
+    assert "(seeds 1, 2, 3)" in Path("results/spearman__hopper-mini.md").read_text()
+
+
+def test_runs_of_other_data_or_length_are_not_put_into_one_table(main, tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    first, second = runs_of("spearman", replace(make_args(tmp_path), seeds=(1, 2)))
+    for change in ({"total_steps": 6000}, {"trained_on": {"label": "x", "is_d4rl": False, "digest": "4567"}}):
+        write_record(first)
+        write_record(second, make_record(second, **change))
+        code, _, err = main("spearman", "--seeds", 1, 2, "--results-dir", "results")
+        assert code == 1 and "cannot compare" in err and len(err.splitlines()) == 1
+    assert os.listdir("results") == ["records"]
+
+
+def test_plot_has_a_line_per_seed_the_mean_and_the_diagonal(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
+    args = replace(make_args(tmp_path), seeds=(1, 2))
+    runs = runs_of("loss", args)[:3]  # two seeds of the first, one of the second
+    records = {(run.name.split("__")[1], i): make_record(run, [float(i)] * 12) for i, run in enumerate(runs)}
+    assert studies.plot(records, "title")[:4] == b"\x89PNG"
+    lines = figures[0].axes[0].get_lines()
+    heights = [(line.get_ydata()[0], line.get_linewidth() > 2, line.get_color()) for line in lines]
+    assert heights[:5] == [(0, False, "C0"), (1, False, "C0"), (0.5, True, "C0"), (2, False, "C1"), (2, True, "C1")]
+    assert list(lines[5].get_xdata()) == list(lines[5].get_ydata()) == [0, 110]
