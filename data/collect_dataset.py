@@ -96,7 +96,6 @@ class Episodes:
             self.begin(i, i)
 
     def begin(self, i: int, number: int) -> None:
-        """Start episode `number` in environment i."""
         obs, _ = self.envs[i].reset(seed=self.first_seed + int(number))
         self.obs[i, : len(obs)], self.number[i], self.t[i] = obs, number, 0  # t: steps of the episode so far
 
@@ -154,8 +153,7 @@ class Actor(nn.Module):
         return self(torch.as_tensor(obs, dtype=torch.float32), generator)[0].numpy()
 
 
-def q_values(critic: nn.ModuleList, obs, act) -> torch.Tensor:
-    """(2, B): both Q(s, a)."""
+def q_values(critic: nn.ModuleList, obs, act) -> torch.Tensor:  # (2, B)
     x = torch.cat([obs, act], dim=-1)
     return torch.stack([q(x) for q in critic]).squeeze(-1)
 
@@ -270,9 +268,8 @@ def main() -> None:
                 sums.zero_()
         bar.close()
 
-        # what is known at --total-steps, even if the run is longer
         known = {row["step"]: row["return"] for row in returns if row["step"] < args.total_steps + n}
-        policies, problems = choose_policies(known, args.medium_return), []
+        policies, problems = choose_policies(known, args.medium_return), []  # as of --total-steps, if the run is longer
         for quality, path in files.items():
             steps = policies[quality]
             attributes[quality] |= dict(policy_step=steps, policy_return=[known[k] for k in steps])

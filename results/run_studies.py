@@ -162,8 +162,7 @@ def write_file(path: Path, content: bytes) -> None:
 def check(runs: list[Run], args: Args) -> None:
     """Exits 2 on what would make every run fail, before anything is written."""
     sys.path[:0] = [str(ROOT), str(ROOT / "baselines")]
-    import pretrain_q as stage_1  # imported here, with torch: tables need neither
-
+    stage_1 = importlib.import_module("pretrain_q")  # and with it torch; tables need neither
     if stage_1.parse_env(args.env).env_id is None:
         fail(f"--env {args.env}: AntMaze has no simulator here, so there is nothing to sweep")
     for script, *flags in (command for run in runs for _, command in run.stages.values()):
@@ -211,7 +210,8 @@ def perform(run: Run, environment: dict, busy: set[Path]):
     record["alignment"] = json.loads((folder / "alignment.json").read_text())
     if "critic" in run.stages:
         record["critic"] = json.loads((run.stages["critic"][0] / "report.json").read_text())
-    write_file(run.record_file, (json.dumps(record, allow_nan=False) + "\n").encode())
+    if not run.record_file.exists():  # else another process has been faster
+        write_file(run.record_file, (json.dumps(record, allow_nan=False) + "\n").encode())
     return read_record(run)
 
 

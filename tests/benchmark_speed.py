@@ -150,7 +150,8 @@ def whole_sweep(device, precision) -> float:
     """Seconds of 33 x 30 rollouts of HalfCheetah, which never falls, 1,000 steps each, by an untrained policy."""
     task = stage3.parse_env("halfcheetah-medium-benchmark")
     content = dict(config=PAPER, obs_mean=torch.zeros(task.obs_dim), obs_std=torch.ones(task.obs_dim))
-    trained = stage3.Trained(Path(), task, make_policy(task, PAPER, precision, device), None, content)
+    policy = make_policy(task, PAPER, precision, device)
+    trained = stage3.Trained(path=Path(), task=task, policy=policy, content=content)
     targets, start = np.repeat(np.linspace(0, 1e4, TARGETS), ROLLOUTS), time.perf_counter()
     stage3.rollout(trained, targets, range(len(targets)), stage3.HORIZON, "whole sweep")
     return time.perf_counter() - start

@@ -1,33 +1,72 @@
-"""Stage 0: SAC's losses, episodes equal to Gymnasium's own stepping, what is recorded, resume, bad arguments."""
+"""Stage 0: episodes are Gymnasium's own, SAC's losses, what is recorded, resume, refusals, and the two minis."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
-import types
 import warnings
-from pathlib import Path
 
 import collect_dataset as stage0
 import gymnasium
 import h5py
 import numpy as np
-import pretrain_q as stage1
 import pytest
 import torch
-from conftest import TINY1
+from conftest import ROOT, call
 
-ROOT = Path(stage0.__file__).parent
-SMALL = dict(START=400, EVAL_EVERY=600, LOG_EVERY=200, WIDTH=32, BATCH=32, EVAL_EPISODES=3)
+import evaluate_alignment as stage3
+import pretrain_q as stage1
+
+SMALL = dict(START=96, EVAL_EVERY=200, LOG_EVERY=100, WIDTH=16, BATCH=16, EVAL_EPISODES=2, HORIZON=50, MINI_POOL=3)
 ALL = ("random", "medium-replay", "medium", "expert", "medium-expert", "mini")
-SMALL_RUN = ["--total-steps", 1800, "--transitions", 700]
+RUN = "runs/Hopper-v4__collect_dataset__1"
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name, value in SMALL.items():
+        monkeypatch.setattr(stage0, name, value)
+
+
+def collect(folder, *qualities, total=600, **flags):
+    """A small run on Hopper in `folder`: exit code, stdout, stderr."""
+    flags = {"out-dir": folder / "data", "runs-dir": folder / "runs", "transitions": 200, "total-steps": total} | flags
+    return call(stage0, *(x for name, value in flags.items() for x in (f"--{name}", value)), "--qualities", *qualities)
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory):
+    """Every quality of a small run, which tests read and never write; and what it printed."""
+    folder = tmp_path_factory.mktemp("collected")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SMALL.items():
+            patch.setattr(stage0, name, value)
+        code, out, err = collect(folder, *ALL)
+    assert code == 0, err
+    return folder, out
 
 
 @pytest.fixture
-def small(monkeypatch):
-    for name, value in SMALL.items():
-        monkeypatch.setattr(stage0, name, value)
+def untrained(monkeypatch):
+    """A gradient step that does nothing: for what does not depend on the policies."""
+    monkeypatch.setattr(stage0.SAC, "step", lambda *_: torch.ones(5))
+
+
+def read(path):
+    with h5py.File(path) as f:
+        return {key: f[key][()] for key in f}, dict(f.attrs)
+
+
+def ends_of(data):
+    return np.flatnonzero(data["terminals"] | data["timeouts"]) + 1
+
+
+def one_line(result, code, *says):
+    before, _, message = result[2].partition("error: ")  # before it there may be a progress bar
+    assert result[0] == code and message.count("\n") <= 1 + ("\r" in before) and "Traceback" not in before, result
+    assert all(str(text) in message.splitlines()[0] for text in says), message
 
 
 # ---- environments ----
@@ -38,63 +77,68 @@ def with_time_limit(env_id):
         return gymnasium.make(env_id)
 
 
-def gymnasium_episode(env, seed, actions):
-    """Observations before and after, rewards, terminated, truncated, of Gymnasium's own stepping through `actions`."""
-    steps = [(env.reset(seed=seed)[0],)]
-    for action in actions:
-        steps.append(env.step(action)[:4])
-    return [x[0] for x in steps], *[np.array([x[k] for x in steps[1:]]) for k in (1, 2, 3)]
+def assert_is_gymnasiums(rows, env, seed, obs_dim):
+    """Rows of one episode against reset(seed) and step through its actions; returns the last observation."""
+    obs, _ = env.reset(seed=seed)
+    for k, row in enumerate(rows):
+        np.testing.assert_array_equal(row["observations"][:obs_dim], np.float32(obs))
+        obs, reward, terminated, truncated, _ = env.step(row["actions"])
+        assert row["rewards"] == pytest.approx(reward, rel=1e-5, abs=1e-6)
+        assert (row["terminals"], row["timeouts"]) == (terminated, truncated and not terminated)
+        assert k == len(rows) - 1 or not (terminated or truncated)
+    return obs
 
 
 @pytest.mark.parametrize(
-    "env_id, steps",
+    "env_id, steps, ends",
     [
-        ("Hopper-v4", 60),
-        ("HalfCheetah-v4", 1010),
-        ("Walker2d-v4", 60),
-        ("Ant-v4", 40),
-        ("Reacher-v5", 120),
-        ("InvertedPendulum-v5", 60),
+        ("Hopper-v4", 120, "terminals"),
+        ("HalfCheetah-v4", 1005, "timeouts"),
+        ("Walker2d-v4", 60, "terminals"),
+        ("Ant-v4", 20, "terminals"),
+        ("Reacher-v5", 110, "timeouts"),
+        ("InvertedPendulum-v5", 40, "terminals"),
     ],
 )
-def test_episodes_equal_gymnasiums_own_stepping(env_id, steps):
-    """Lockstep bodies and gymnasium.vector alike: every row is what reset(seed) and step return, ends set apart."""
-    n, first_seed = 3, 10**18 + 7
-    rng, envs = np.random.default_rng(0), stage0.Episodes(env_id, n, first_seed)
-    low, high = envs.low, envs.high
-    blocks = [envs.step(rng.uniform(low, high, (n, len(low))).astype(np.float32)) for _ in range(steps)]
-    last_obs = np.array(envs.obs, np.float32)
-    rows = np.stack(blocks)  # (T, n)
-    reference = with_time_limit(env_id)
-    ended = 0
-    for i in range(n):
-        for k in dict.fromkeys(rows["episode"][:, i].tolist()):
-            mine = rows[rows["episode"][:, i] == k, i]
-            obs, reward, terminated, truncated = gymnasium_episode(reference, first_seed + k, mine["actions"])
-            width = len(obs[0])  # Ant is padded by zeros
-            np.testing.assert_allclose(mine["observations"][:, :width], obs[:-1], rtol=1e-6, atol=1e-6)
-            assert not mine["observations"][:, width:].any()
-            np.testing.assert_allclose(mine["rewards"], reward, rtol=1e-5, atol=1e-6)
-            assert (mine["terminals"] == terminated).all() and (mine["timeouts"] == (truncated & ~terminated)).all()
-            assert not (mine["terminals"] | mine["timeouts"])[:-1].any()
-            ended += bool(mine["terminals"][-1] or mine["timeouts"][-1])
-            if k == envs.number[i]:
-                np.testing.assert_allclose(last_obs[i, :width], obs[-1], rtol=1e-6, atol=1e-6)
-    assert ended >= (0 if env_id == "Ant-v4" else 2)
-    assert rows["timeouts"].any() == (env_id in ("HalfCheetah-v4", "Reacher-v5"))
-    assert sorted(np.unique(rows["episode"])) == list(range(rows["episode"].max() + 1))
-    envs.close()
+def test_rows_are_what_gymnasiums_step_returns(env_id, steps, ends):
+    """Episode k starts from reset(seed=first_seed + k), in the order they begin; both kinds of end are kept apart."""
+    rng, envs, env = np.random.default_rng(0), stage0.Episodes(env_id, 2, 10**18 + 7), with_time_limit(env_id)
+    obs_dim, shape = env.observation_space.shape[0], (2, len(envs.low))
+    rows = np.stack([envs.step(rng.uniform(envs.low, envs.high, shape).astype(np.float32)) for _ in range(steps)])
+    for i in range(2):
+        numbers = list(dict.fromkeys(rows["episode"][:, i].tolist()))
+        for k in numbers:
+            played = rows[rows["episode"][:, i] == k, i]
+            last = assert_is_gymnasiums(played, env, 10**18 + 7 + k, obs_dim)
+            assert k == numbers[-1] or played["terminals"][-1] or played["timeouts"][-1]
+        if numbers[-1] == envs.number[i]:
+            np.testing.assert_array_equal(envs.obs[i, :obs_dim], last)
+    assert {key for key in ("terminals", "timeouts") if rows[key].any()} == {ends}
+    first_row = [int(np.flatnonzero((rows["episode"] == k).any(axis=1))[0]) for k in range(rows["episode"].max() + 1)]
+    assert first_row == sorted(first_row)
+
+
+@pytest.mark.parametrize("env_id", stage0.BODY_IDS)
+def test_rows_of_the_four_bodies_are_bit_for_bit_those_of_stage_3s_simulator(env_id):
+    """Ant's padding included."""
+    rng, envs, simulator = np.random.default_rng(0), stage0.Episodes(env_id, 3, 5), stage3.Simulator(env_id, [5, 6, 7])
+    for _ in range(40):
+        rows = envs.step(rng.uniform(-1, 1, (3, len(envs.low))).astype(np.float32))
+        np.testing.assert_array_equal(rows["observations"], simulator.observe(np.arange(3)).astype(np.float32))
+        _, reward, terminated, _ = simulator.step(np.arange(3), rows["actions"].astype(np.float64))
+        assert (rows["rewards"] == reward.astype(np.float32)).all() and (rows["terminals"] == terminated).all()
+        ended = np.flatnonzero(terminated)
+        simulator.reset(ended, 5 + envs.number[ended])
+    np.testing.assert_array_equal(envs.obs, simulator.observe(np.arange(3)))
 
 
 @pytest.mark.parametrize("env_id, steps", [("Hopper-v4", 45), ("InvertedPendulum-v5", 23), ("Reacher-v5", 50)])
 def test_replay_brings_the_environments_back(env_id, steps):
     """From the recorded rows alone; every later step is then the same. Reacher: all episodes end in the last row."""
-    rng, one = np.random.default_rng(1), stage0.Episodes(env_id, 4, 99)
-    actions = rng.uniform(one.low, one.high, (steps + 30, 4, len(one.low))).astype(np.float32)
-    rows = np.stack([one.step(a) for a in actions[:steps]])
-    two = stage0.Episodes(env_id, 4, 99)
-    two.replay(rows)
-    assert (one.number == two.number).all() and (one.t == two.t).all() and one.begun == two.begun
+    rng, one, two = np.random.default_rng(1), stage0.Episodes(env_id, 4, 99), stage0.Episodes(env_id, 4, 99)
+    actions = rng.uniform(one.low, one.high, (steps + 20, 4, len(one.low))).astype(np.float32)
+    two.replay(np.stack([one.step(a) for a in actions[:steps]]))
+    assert (one.number == two.number).all() and (one.t == two.t).all()
     for a in actions[steps:]:
         assert (one.step(a) == two.step(a)).all()
 
@@ -111,21 +155,20 @@ class Echo(gymnasium.Env):
         return np.zeros(2, np.float32), {}
 
     def step(self, action):
-        assert (action >= 0.1).all() and (action <= 0.7).all()
+        assert (action >= 0.1).all() and (action <= 0.7).all() and action.dtype == np.float32
         self.left -= 1
         return np.asarray(action), 0.0, self.left == 0, False, {}
 
 
 def test_what_is_recorded_is_what_was_played_in_an_environment_of_other_bounds():
     gymnasium.register("Echo-v0", Echo, max_episode_steps=4)
-    rng, one = np.random.default_rng(0), stage0.Episodes("Echo-v0", 3, 5)
+    rng, one, two = np.random.default_rng(0), stage0.Episodes("Echo-v0", 3, 5), stage0.Episodes("Echo-v0", 3, 5)
     assert one.low.dtype == np.float32 and np.allclose(one.low, 0.1) and np.allclose(one.high, 0.7)
     rows = np.stack([one.step(one.low + (one.high - one.low) * rng.random((3, 2), np.float32)) for _ in range(9)])
     goes_on = ~(rows["terminals"] | rows["timeouts"])[:-1]
     assert (rows["actions"][:-1][goes_on] == rows["observations"][1:][goes_on]).all() and goes_on.any()
-    assert rows["terminals"].any() and rows["timeouts"].any()
-    two = stage0.Episodes("Echo-v0", 3, 5)
-    two.replay(rows)  # waiting environments too are only played what they allow
+    assert rows["terminals"].any() and rows["timeouts"].any() and not (rows["terminals"] & rows["timeouts"]).any()
+    two.replay(rows)
     actions = np.full((3, 2), 0.5, np.float32)
     assert (one.step(actions) == two.step(actions)).all()
     gymnasium.registry.pop("Echo-v0")
@@ -133,143 +176,142 @@ def test_what_is_recorded_is_what_was_played_in_an_environment_of_other_bounds()
 
 # ---- SAC ----
 
+LOW, HIGH = np.array([-0.5, -2.0], np.float32), np.array([0.5, 1.0], np.float32)
 
-def agent_and_batch(batch=16):
-    torch.manual_seed(0)
-    low, high = np.array([-0.5, -2.0], np.float32), np.array([0.5, 1.0], np.float32)
-    agent = stage0.Agent(3, low, high)
-    obs, following = torch.randn(2, batch, 3)
-    act = torch.rand(batch, 2) - 0.5
-    flags = torch.zeros(2, batch, dtype=torch.bool)
-    return agent, stage0.Batch(obs, act, torch.randn(batch), *flags, following)
+
+def sac_and_replay():
+    """A learner of 3 observations and 2 actions, and 40 random transitions with every kind of end."""
+    rng = np.random.default_rng(0)
+    columns = [("observations", "f4", 3), ("actions", "f4", 2), ("rewards", "f4")]
+    replay = np.zeros(40, [*columns, ("terminals", "?"), ("timeouts", "?")])
+    replay["observations"], replay["actions"] = rng.normal(size=(40, 3)), rng.uniform(LOW, HIGH, (40, 2))
+    replay["rewards"], replay["terminals"][::5], replay["timeouts"][1::5] = rng.normal(size=40), True, True
+    return stage0.SAC(3, LOW, HIGH, seed=0), replay
+
+
+def nets_of(sac):
+    return {name: part for name, part in sac.parts.items() if isinstance(part, torch.nn.Module)}
 
 
 def test_the_actors_density_is_that_of_a_squashed_gaussian():
-    agent, batch = agent_and_batch()
-    actor = agent.actor
-    act, log_pi = actor(batch.obs, torch.Generator().manual_seed(3))
-    mean, log_std = actor.net(batch.obs).chunk(2, dim=-1)
-    gaussian = torch.distributions.Normal(mean, log_std.exp())
-    squashed = torch.distributions.TransformedDistribution(gaussian, torch.distributions.TanhTransform())
-    unstretched = (act - actor.middle) / actor.scale
-    torch.testing.assert_close(log_pi, squashed.log_prob(unstretched).sum(-1), rtol=1e-3, atol=1e-3)
-    assert (act.detach().numpy() <= [0.5, 1.0]).all() and (act.detach().numpy() >= [-0.5, -2.0]).all()
-    assert np.allclose(actor.act(batch.obs.numpy(), None), (actor.middle + actor.scale * mean.tanh()).detach())
-    assert not np.allclose(actor.act(batch.obs.numpy(), torch.Generator()), actor.act(batch.obs.numpy(), None))
+    actor, obs = sac_and_replay()[0].actor, torch.randn(64, 3)
+    act, log_pi = actor(obs, torch.Generator().manual_seed(3))
+    mean, log_std = actor.net(obs).detach().double().chunk(2, dim=-1)
+    squashed = ((act.detach() - torch.tensor(HIGH + LOW) / 2) / (torch.tensor(HIGH - LOW) / 2)).double()
+    z = (torch.atanh(squashed) - mean) / log_std.exp()
+    density = torch.exp(-(z**2) / 2) / (log_std.exp() * (2 * np.pi) ** 0.5) / (1 - squashed**2)
+    torch.testing.assert_close(log_pi.detach().double(), density.log().sum(dim=-1), rtol=1e-3, atol=1e-3)
+    without_noise = actor.act(obs.double().numpy(), None)
+    torch.testing.assert_close(torch.tensor(without_noise), (mean.tanh() * actor.scale + actor.middle).float())
+    sampled = actor.act(obs.numpy(), torch.Generator().manual_seed(3))
+    assert np.array_equal(sampled, act.detach()) and not np.allclose(sampled, without_noise)
+    assert (sampled <= HIGH).all() and (sampled >= LOW).all() and sampled.dtype == np.float32
 
 
-def test_critic_loss_by_hand():
-    agent, batch = agent_and_batch(3)
+def test_the_three_losses_by_hand_and_what_each_differentiates(monkeypatch):
+    sac, replay = sac_and_replay()
     with torch.no_grad():
-        agent.log_alpha.fill_(-1.0)
-        for p in agent.target_critic.parameters():
+        sac.log_alpha.fill_(-1.0)
+        for p in sac.target_critic.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    batch.terminal[1], batch.timeout[2] = True, True
-    loss, q_mean = stage0.critic_loss(agent, batch, torch.Generator().manual_seed(5))
+    names = {id(opt): name for name, opt in sac.opts.items()}
+    losses, moved = {}, {}
+
+    def descend(opt, loss):  # changes no weight
+        loss.backward()
+        losses[names[id(opt)]] = loss.detach()
+        moved[names[id(opt)]] = {
+            name for name, net in nets_of(sac).items() for p in net.parameters() if p.grad is not None and p.grad.any()
+        }
+        for net in nets_of(sac).values():
+            net.zero_grad()
+
+    monkeypatch.setattr(stage0, "descend", descend)
+    monkeypatch.setattr(stage0, "ema_update", lambda *_: None)
+    sac.generator.manual_seed(5)
+    values = sac.step(replay, num_envs=2)
+
+    generator, alpha = torch.Generator().manual_seed(5), np.exp(-1)
+    i = torch.randint(38, (16,), generator=generator)
+    column = {key: torch.tensor(replay[key].copy())[i] for key in stage0.D4RL_KEYS}
+    following = torch.tensor(replay["observations"].copy())[i + 2]
+    both = lambda critic, obs, act: [q(torch.cat([obs, act], dim=1))[:, 0] for q in critic]  # noqa: E731
     with torch.no_grad():
-        act, log_pi = agent.actor(batch.next_obs, torch.Generator().manual_seed(5))
-        q_next, q = agent.target_critic(batch.next_obs, act), agent.critic(batch.obs, batch.act)
-    y0 = batch.reward[0] + 0.99 * (min(q_next[0, 0], q_next[1, 0]) - np.exp(-1) * log_pi[0])
-    expected = (
-        sum((q[m, 0] - y0) ** 2 + (q[m, 1] - batch.reward[1]) ** 2 for m in range(2)) / 3
-    )  # the timeout is left out
-    torch.testing.assert_close(loss.detach(), expected)
-    torch.testing.assert_close(q_mean, q[0].mean())
-    loss.backward()
-    assert all(p.grad is None for p in [*agent.actor.parameters(), agent.log_alpha])
+        next_act, log_pi = sac.actor(following, generator)
+        y = column["rewards"] + 0.99 * (torch.minimum(*both(sac.target_critic, following, next_act)) - alpha * log_pi)
+        y[column["terminals"]] = column["rewards"][column["terminals"]]
+        q = both(sac.critic, column["observations"], column["actions"])
+        counted = ~column["timeouts"]  # whose next observation is not in the buffer
+        q_loss = sum(((q_m - y)[counted] ** 2).sum() / 16 for q_m in q)
+        act, log_pi = sac.actor(column["observations"], generator)
+        actor_loss = (alpha * log_pi - torch.minimum(*both(sac.critic, column["observations"], act))).mean()
+    assert column["terminals"].any() and column["timeouts"].any()
+    torch.testing.assert_close(losses["critic"], q_loss)
+    torch.testing.assert_close(losses["actor"], actor_loss)
+    torch.testing.assert_close(losses["alpha"], -alpha * (log_pi.mean() - 2))  # target entropy: -act_dim
+    assert values.tolist() == pytest.approx([q_loss.item(), actor_loss.item(), q[0].mean().item(), alpha, 1])
+    assert moved == {"critic": {"critic"}, "actor": {"actor"}, "alpha": {"alpha"}}
 
 
-def test_actor_and_temperature_move_the_right_way():
-    agent, batch = agent_and_batch(64)
-    seeded = lambda: torch.Generator().manual_seed(1)  # noqa: E731
-    opt = torch.optim.Adam(agent.actor.parameters(), lr=1e-2)
-    before = stage0.actor_loss(agent, batch, seeded())[0].item()
-    act, log_pi = agent.actor(batch.obs, seeded())
-    by_hand = (agent.log_alpha.exp() * log_pi - agent.critic(batch.obs, act).min(dim=0).values).mean()
-    assert before == pytest.approx(by_hand.item(), rel=1e-5)
-    for _ in range(10):
-        stage0.descend(opt, stage0.actor_loss(agent, batch, seeded())[0])
-    assert stage0.actor_loss(agent, batch, seeded())[0].item() < before and agent.log_alpha.grad is None
-    for log_pi, up in ((2.0 + 1, True), (2.0 - 1, False)):  # entropy -log_pi below and above its target, -2
-        agent.log_alpha.grad = None
-        stage0.temperature_loss(agent, torch.tensor(log_pi)).backward()
-        assert (agent.log_alpha.grad < 0) == up
+def test_one_step_moves_every_part_by_its_own_rate():
+    """Adam's first step is as long as the learning rate; the target critic then follows by TAU."""
+    sac, replay = sac_and_replay()
+    before = {name: [p.detach().clone() for p in net.parameters()] for name, net in nets_of(sac).items()}
+    sac.step(replay, num_envs=2)
+    for name, lr in {"actor": 3e-4, "critic": 1e-3, "alpha": 1e-3}.items():
+        moved = max((p - b).abs().max().item() for p, b in zip(sac.parts[name].parameters(), before[name]))
+        assert moved == pytest.approx(lr, rel=1e-2), name
+    for p, target, b in zip(sac.critic.parameters(), sac.target_critic.parameters(), before["target_critic"]):
+        torch.testing.assert_close(target, 0.995 * b + 0.005 * p, rtol=0, atol=1e-7)
+    q_1, q_2 = sac.critic
+    assert not torch.equal(q_1[0].weight, q_2[0].weight)
 
 
-def test_a_batch_pairs_each_transition_with_its_environments_next():
-    row = np.dtype(
-        [("observations", "f4", (1,)), ("actions", "f4", (1,)), ("rewards", "f4"), ("terminals", bool), ("timeouts", bool), ("episode", "i4")]
-    )  # fmt: skip
-    replay = np.zeros(60, row)
-    replay["observations"][:, 0] = np.arange(60)
-    replay["observations"][50:] = np.nan  # not yet filled
-    batch = stage0.sample_batch(replay, 50, 7, torch.Generator().manual_seed(0))
-    assert torch.equal(batch.next_obs, batch.obs + 7) and {0.0, 42.0} <= set(batch.obs[:, 0].tolist())
+def test_a_batch_pairs_each_transition_with_its_environments_next(monkeypatch):
+    sac, replay = sac_and_replay()
+    replay["observations"] = np.arange(40)[:, None]
+    seen, real = [], stage0.q_values
+    monkeypatch.setattr(stage0, "q_values", lambda critic, obs, act: seen.append(obs) or real(critic, obs, act))
+    for _ in range(30):
+        sac.step(replay[:30], num_envs=7)
+    following, now = torch.cat(seen[::3]), torch.cat(seen[1::3])
+    assert torch.equal(following, now + 7) and (now.min(), following.max()) == (0, 29)
 
 
-def test_main_makes_one_gradient_step_of_everything_per_environment_step(tmp_path, small, run_main, monkeypatch):
-    """... after START; the target critic then moves by TAU."""
-    monkeypatch.chdir(tmp_path)
-    calls, real = {"critic_loss": 0, "actor_loss": 0, "temperature_loss": 0}, stage0.ema_update
+def test_main_makes_one_gradient_step_per_environment_step_after_the_first_and_logs_their_means(tmp_path, monkeypatch):
+    sizes = []
 
-    def counted(name):
-        inner = getattr(stage0, name)
+    def step(sac, replay, num_envs):
+        sizes.append(len(replay))
+        return torch.tensor([len(sizes), 0.0, 0.0, 0.5, 1.0])
 
-        def call(*args):
-            calls[name] += 1
-            return inner(*args)
-
-        monkeypatch.setattr(stage0, name, call)
-
-    for name in list(calls):
-        counted(name)
-    seen = []
-
-    def moved(target, online, tau):
-        before = [p.clone() for p in target.parameters()]
-        real(target, online, tau)
-        seen.append(
-            all(
-                torch.allclose(p, 0.995 * b + 0.005 * q, atol=1e-6)
-                for p, b, q in zip(target.parameters(), before, online.parameters(), strict=True)
-            )
-        )
-
-    monkeypatch.setattr(stage0, "ema_update", moved)
-    code, _, err = run_main(stage0, "--total-steps", 600, "--transitions", 50, "--qualities", "random")
-    assert code == 0 and len(seen) == 200 and all(seen) and set(calls.values()) == {200}, (err, calls)
-    agent = run_state(tmp_path)[0]["agent"]
-    for part in ("critic", "target_critic"):
-        assert not torch.equal(agent[f"{part}.q1.0.weight"], agent[f"{part}.q2.0.weight"])
+    monkeypatch.setattr(stage0.SAC, "step", step)
+    code, _, err = collect(tmp_path, "random", total=296)
+    assert code == 0 and sizes == [step for step in range(104, 297, 8) for _ in range(8)], err
+    rows = (tmp_path / RUN / "metrics.csv").read_text().splitlines()
+    assert rows == ["step,q_loss,actor_loss,q_mean,alpha", "104,4.5,0,0,0.5", "200,56.5,0,0,0.5"]
 
 
 # ---- what is recorded ----
 
 
-def test_levels_by_hand():
-    assert stage0.choose_levels({0: 100, 5: 320, 10: 420, 15: 1000, 20: 990}, None) == dict(
-        random=0, medium=10, expert=15
-    )
-    assert stage0.choose_levels({0: 987, 5: 620, 10: 1700, 15: 4500}, None) == dict(
-        random=0, medium=10, expert=15
-    )  # Ant
-    assert stage0.choose_levels({0: -45, 5: -40, 10: -30, 15: -6}, None) == dict(random=0, medium=10, expert=15)
-    assert stage0.choose_levels({0: -45, 5: -60, 10: -50}, None) == dict(random=0, medium=10, expert=10)
-    assert stage0.choose_levels({0: 100, 5: 390, 10: 420}, 380) == dict(random=0, medium=5, expert=10)
-    assert stage0.choose_levels({0: 1000, 5: 390, 10: 420}, 500) == dict(random=0, expert=10)  # untrained is no level
+def test_levels_by_hand(monkeypatch):
+    monkeypatch.setattr(stage0, "START", 3)
 
+    def levels(returns, medium_return=None):
+        steps = stage0.choose_policies(returns, medium_return)
+        assert steps["random"] == [0] and steps["mini"] == [0, *(k for k in returns if k > 3)]
+        assert steps["medium-replay"] == steps["medium"]
+        assert steps["medium-expert"] == (steps["medium"] + steps["expert"] if steps["medium"] else [])
+        return steps["medium"], steps["expert"]
 
-RUNNING = types.SimpleNamespace(requested=False)
-
-
-class Constant:
-    """A policy that plays 0, the same in every state; an evaluation gives it no noise, a recording does."""
-
-    evaluated = False
-
-    def act(self, obs, generator):
-        assert (generator is None) == self.evaluated
-        return np.zeros((len(obs), 3), np.float32)
+    assert levels({0: 100, 5: 320, 10: 420, 15: 1000, 20: 990}) == ([10], [15])
+    assert levels({0: 987, 5: 620, 10: 1700, 15: 4500}) == ([10], [15])  # Ant: standing still is worth 1,000
+    assert levels({0: -45, 5: -40, 10: -30, 15: -6}) == ([10], [15])  # Reacher: a third of -6 is above -6
+    assert levels({0: -45, 5: -60, 10: -50}) == ([10], [10])
+    assert levels({0: 100, 5: 390, 10: 420}, 380) == ([5], [10])
+    assert levels({0: 1000, 5: 390, 10: 420}, 500) == ([], [10])  # the untrained policy is of no other level,
+    assert levels({0: 100, 2: 900, 5: 390, 10: 420}, 380) == ([5], [10])  # and so is any before the first gradient step
 
 
 def test_recorded_episodes_are_the_first_to_begin_not_the_first_to_end(monkeypatch):
@@ -277,43 +319,41 @@ def test_recorded_episodes_are_the_first_to_begin_not_the_first_to_end(monkeypat
 
     class Counting:
         def __init__(self, env_id, n, seed):
-            self.number, self.t, self.begun, self.obs = np.arange(n), np.zeros(n, int), n, np.zeros((n, 1))
+            self.number, self.t, self.obs = np.arange(n), np.zeros(n, int), np.zeros((n, 1))
 
         def step(self, actions):
-            rows = np.zeros(
-                len(self.t), [("episode", "i4"), ("rewards", "f4"), ("terminals", bool), ("timeouts", bool)]
-            )
+            columns = [("episode", "i4"), ("rewards", "f4"), ("terminals", bool), ("timeouts", bool)]
+            rows = np.zeros(len(self.t), columns)
             rows["episode"], rows["rewards"] = self.number, self.t
             self.t += 1
-            rows["terminals"] = ended = self.t == self.number % 4 + 1
-            for i in np.flatnonzero(ended):
-                self.number[i], self.t[i], self.begun = self.begun, 0, self.begun + 1
+            rows["terminals"] = self.t == self.number % 4 + 1
+            for i in np.flatnonzero(rows["terminals"]):
+                self.number[i], self.t[i] = self.number.max() + 1, 0
             return rows
 
-        def close(self):
-            pass
+    class Constant:  # plays 0 in every state; an evaluation gives it no noise, a recording does
+        def act(self, obs, generator):
+            assert (generator is None) == (step is None)
+            return np.zeros((len(obs), 3), np.float32)
 
     monkeypatch.setattr(stage0, "Episodes", Counting)
-    args = stage0.Args()
+    monkeypatch.setattr(stage0, "HORIZON", 4)
+    step = 5
     for minimum, whole in ((1, 1), (2, 2), (3, 2), (4, 3), (10, 4), (11, 5), (25, 11)):
-        monkeypatch.setattr(stage0, "HORIZON", 4)
-        rows = stage0.record(Constant(), args, 5, RUNNING, transitions=minimum)
+        rows = stage0.record(Constant(), stage0.Args(), step, transitions=minimum)
         assert rows["episode"].tolist() == [k for k in range(whole) for _ in range(k % 4 + 1)]
         assert rows["rewards"].tolist() == [t for k in range(whole) for t in range(k % 4 + 1)]
-    monkeypatch.setattr(Constant, "evaluated", True)
-    assert stage0.record(Constant(), args, None, RUNNING, episodes=3)["episode"].tolist() == [0, 1, 1, 2, 2, 2]
+    step = None
+    assert stage0.record(Constant(), stage0.Args(), step, episodes=3)["episode"].tolist() == [0, 1, 1, 2, 2, 2]
 
 
 def test_spread_evenly_takes_from_every_bin_in_turn(monkeypatch):
     monkeypatch.setattr(stage0, "MINI_BINS", 4)
     rng = np.random.default_rng(0)
-    returns = rng.permutation(
-        np.concatenate([rng.uniform(0, 25, 300), rng.uniform(25, 50, 20), rng.uniform(50, 100, 40)])
-    )
-    returns = np.append(returns, [0.0, 100.0])
+    returns = np.concatenate([rng.uniform(0, 25, 300), rng.uniform(25, 50, 20), rng.uniform(50, 100, 40), [0.0, 100.0]])
+    rng.shuffle(returns)
     rows = np.zeros(2 * len(returns), [("rewards", "f4"), ("terminals", bool), ("timeouts", bool), ("k", "i4")])
-    rows["rewards"] = np.repeat(returns / 2, 2)
-    rows["k"] = np.repeat(np.arange(len(returns)), 2)
+    rows["rewards"], rows["k"] = np.repeat(returns / 2, 2), np.repeat(np.arange(len(returns)), 2)
     rows["terminals"][1::4], rows["timeouts"][3::4] = True, True
     chosen = stage0.spread_evenly(rows, 2 * 40 + 1)
     found = stage0.episode_returns(chosen)
@@ -322,351 +362,341 @@ def test_spread_evenly_takes_from_every_bin_in_turn(monkeypatch):
     assert len(stage0.spread_evenly(rows, 1)) == 0
 
 
-@pytest.fixture(scope="module")
-def collected(tmp_path_factory):
-    """Every quality of a small Hopper run; the files, the run folder, and what was printed."""
-    folder = tmp_path_factory.mktemp("collected")
-    result = subprocess.run(small_command(folder), capture_output=True, text=True, cwd=folder)
-    assert result.returncode == 0, result.stderr
-    return folder, result
-
-
-def small_command(cwd, *extra):
-    """collect_dataset.py's main with SMALL constants, as a process."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import collect_dataset as c\nvars(c).update({SMALL!r}); c.main()"
-    return [sys.executable, "-c", code, *map(str, [*SMALL_RUN, "--qualities", *ALL, *extra])]
-
-
-def test_every_quality_is_written_and_stage_1_reads_it_back(collected, run_main, tmp_path):
-    folder, result = collected
-    evaluations = (folder / "runs/Hopper-v4__collect_dataset__1/evaluations.csv").read_text().split()
-    assert [line.split(",")[0] for line in evaluations] == ["step", "0", "600", "1200", "1800"]
-    by_step = {int(line.split(",")[0]): float(line.split(",")[1]) for line in evaluations[1:]}
-    assert len(result.stdout.splitlines()) == 1 + 2 * len(ALL)
+def test_every_quality_is_written_and_the_other_stages_read_it_by_its_name(collected):
+    folder, out = collected
+    evaluations = [line.split(",") for line in (folder / RUN / "evaluations.csv").read_text().split()]
+    assert evaluations[0] == ["step", "return"] and [k for k, _ in evaluations[1:]] == ["0", "200", "400", "600"]
+    metrics = [line.split(",") for line in (folder / RUN / "metrics.csv").read_text().split()]
+    assert metrics[0] == ["step", "q_loss", "actor_loss", "q_mean", "alpha"]
+    assert [row[0] for row in metrics[1:]] == ["104", "200", "304", "400", "504", "600"]
+    assert 0 < float(metrics[-1][-1]) < 1 and any((folder / RUN / "tensorboard").rglob("events*"))
+    assert len(out.splitlines()) == 1 + 2 * len(ALL)
     rows = {}
     for quality in ALL:
         name = "hopper-mini" if quality == "mini" else f"hopper-{quality}-local"
         path = folder / "data" / f"{name}.hdf5"
-        with h5py.File(path) as f:
-            assert set(f) == {"observations", "actions", "rewards", "terminals", "timeouts"}
-            N = rows[quality] = len(f["rewards"])
-            assert f["observations"].shape == (N, 11) and f["actions"].shape == (N, 3)
-            assert all(f[k].dtype == np.float32 for k in ("observations", "actions", "rewards"))
-            assert all(f[k].dtype == bool and f[k].shape == (N,) for k in ("terminals", "timeouts"))
-            assert (f["terminals"][-1] or f["timeouts"][-1]) and not (f["terminals"][()] & f["timeouts"][()]).any()
-            a = dict(f.attrs)
-            assert a["env_id"] == "Hopper-v4" and a["seed"] == 1 and a["quality"] == quality and a["num_envs"] == 8
-            assert a["gymnasium"] == gymnasium.__version__ and "--total-steps 1800" in a["command"]
-            returns = np.add.reduceat(
-                f["rewards"][()], np.append(0, np.flatnonzero(f["terminals"][()] | f["timeouts"][()])[:-1] + 1)
-            )
-            counts = " ".join(map(str, np.histogram(returns, 10)[0]))
-            assert (
-                f"{path.name}: {N:,} transitions, {len(returns):,} episodes" in result.stdout
-                and counts in result.stdout
-            )
-            assert [by_step[k] for k in a["policy_step"]] == pytest.approx(a["policy_return"], rel=1e-4)
-        if quality in ("random", "medium", "mini"):  # the other stages take it by its name
-            task = stage1.parse_env(name)
-            data = stage1.read_dataset(task, (str(path),))
-            assert len(data.rewards) == N and data.clipped == 0
-    code, out, err = run_main(
-        stage1, "--env", "hopper-medium-expert-local", "--dataset-path", path.with_name("hopper-medium-expert-local.hdf5"),
-        "--runs-dir", tmp_path, *TINY1,
-    )  # fmt: skip
-    assert code == 0 and "Spearman" in out
-    assert 700 <= rows["random"] < 900 and rows["mini"] <= 700
+        data, attributes = read(path)
+        N = rows[quality] = len(data["rewards"])
+        assert {key: (x.dtype, x.shape) for key, x in data.items()} == {
+            "observations": (np.float32, (N, 11)), "actions": (np.float32, (N, 3)), "rewards": (np.float32, (N,)),
+            "terminals": (bool, (N,)), "timeouts": (bool, (N,)),
+        }  # fmt: skip
+        ends = ends_of(data)
+        assert ends[-1] == N and not (data["terminals"] & data["timeouts"]).any()
+        assert attributes.pop("command").startswith("python data/collect_dataset.py --out-dir")
+        steps, returns = attributes.pop("policy_step").tolist(), attributes.pop("policy_return").tolist()
+        expected = dict(env_id="Hopper-v4", seed=1, num_envs=8, exp_name="collect_dataset", quality=quality)
+        expected |= dict(gymnasium=gymnasium.__version__, mujoco="4.0.0")
+        assert attributes == expected | ({} if quality == "medium-replay" else {"transitions": 200})
+        assert returns == pytest.approx([float(r) for k in steps for s, r in evaluations[1:] if int(s) == k], rel=1e-4)
+        assert {"random": [0], "mini": [0, 200, 400, 600]}.get(quality, steps) == steps
+        found = np.add.reduceat(data["rewards"], np.append(0, ends[:-1]))
+        assert f"{path.name}: {N:,} transitions, {len(ends):,} episodes, mean return {found.mean():.0f}" in out
+        assert " ".join(map(str, np.histogram(found, 10)[0])) in out
+        read_back = stage1.read_dataset(stage1.parse_env(name), (str(path),))
+        assert len(read_back.rewards) == N and (read_back.ends == ends).all()
+    assert 200 <= rows["random"] < 400 and rows["mini"] <= 200
     assert rows["medium-expert"] == rows["medium"] + rows["expert"]
 
 
-def test_recorded_rows_are_gymnasiums(collected):
-    """Episode k of the policy of step s starts from reset(seed 10**18 + (s + 2) 10**9 + k): play its actions again."""
+@pytest.mark.parametrize("quality", ["random", "expert"])
+def test_a_recorded_policy_is_the_one_of_its_step_and_starts_from_its_own_seeds(collected, quality):
+    """Episode k of the policy of step s starts from reset(seed=10**18 + (s + 2) 10**9 + k), and acts by sampling."""
     folder, _ = collected
-    env = with_time_limit("Hopper-v4")
-    with h5py.File(folder / "data/hopper-expert-local.hdf5") as f:
-        data, first_seed = {k: f[k][()] for k in f}, 10**18 + (int(f.attrs["policy_step"][0]) + 2) * 10**9
-    starts = np.append(0, np.flatnonzero(data["terminals"] | data["timeouts"]) + 1)
-    assert len(starts) > 5
+    data, attributes = read(folder / "data" / f"hopper-{quality}-local.hdf5")
+    [step] = attributes["policy_step"]
+    actor = stage0.Actor(11, -np.ones(3, np.float32), np.ones(3, np.float32))
+    actor.load_state_dict(torch.load(folder / RUN / f"policy_{step}.pt", weights_only=True)["actor"])
+    first_seed, starts, env = 10**18 + (int(step) + 2) * 10**9, [0, *ends_of(data)], with_time_limit("Hopper-v4")
+    assert len(starts) > 4
     for k, (a, b) in enumerate(zip(starts, starts[1:])):
-        obs, reward, terminated, truncated = gymnasium_episode(env, first_seed + k, data["actions"][a:b])
-        np.testing.assert_allclose(data["observations"][a:b], obs[:-1], rtol=1e-6, atol=1e-6)
-        np.testing.assert_allclose(data["rewards"][a:b], reward, rtol=1e-5, atol=1e-6)
-        assert (data["terminals"][a:b] == terminated).all() and (data["timeouts"][a:b] == truncated).all()
+        rows = np.zeros(b - a, [(key, x.dtype, x.shape[1:]) for key, x in data.items()])
+        for key, x in data.items():
+            rows[key] = x[a:b]
+        assert_is_gymnasiums(rows, env, first_seed + k, 11)
+    if quality == "expert":  # its evaluation: without noise, from seeds of its own
+        envs = stage0.Episodes("Hopper-v4", 2, 10**18 + 10**9)
+        rows = np.stack([envs.step(actor.act(envs.obs, None)) for _ in range(400)])
+        returns = [rows["rewards"][rows["episode"] == k].sum(dtype=float) for k in range(2)]
+        assert attributes["policy_return"] == pytest.approx([np.mean(returns)], rel=1e-6)
+    noise = torch.randn((4, 3), generator=torch.Generator().manual_seed(first_seed % 2**63))  # of 4 environments
+    mean, log_std = actor.net(torch.tensor(data["observations"][starts[:4]])).chunk(2, dim=-1)
+    torch.testing.assert_close(torch.tensor(data["actions"][starts[:4]]), torch.tanh(mean + log_std.exp() * noise))
+
+
+def test_mini_records_a_multiple_of_what_it_keeps_spread_over_all_policies(collected, monkeypatch):
+    pool = []
+    monkeypatch.setattr(
+        stage0, "record", lambda actor, args, step, transitions: pool.append((step, transitions)) or [0]
+    )
+    monkeypatch.setattr(stage0, "spread_evenly", lambda rows, transitions: (rows, transitions))
+    actor, args = stage0.Actor(11, -np.ones(3, np.float32), np.ones(3, np.float32)), stage0.Args(transitions=250)
+    rows, kept = stage0.collect("mini", [0, 200, 400, 600], None, collected[0] / RUN, actor, args)
+    assert pool == [(0, 188), (200, 188), (400, 188), (600, 188)] and len(rows) == 4 and kept == 250  # 3 * 250 / 4
 
 
 def test_medium_replay_is_the_buffer_up_to_the_medium_policy(collected):
     folder, _ = collected
-    with h5py.File(folder / "data/hopper-medium-replay-local.hdf5") as f:
-        data, step = {k: f[k][()] for k in f}, int(f.attrs["policy_step"][0])
-    envs = stage0.Episodes("Hopper-v4", 8, 0)
-    buffer = np.fromfile(folder / "runs/Hopper-v4__collect_dataset__1/replay.bin", envs.row)
-    assert len(buffer) == 1800
-    early = buffer[:step]
-    whole = [
-        e for e in np.unique(early["episode"]) if (early["terminals"] | early["timeouts"])[early["episode"] == e].any()
-    ]
+    data, attributes = read(folder / "data/hopper-medium-replay-local.hdf5")
+    buffer = np.fromfile(folder / RUN / "replay.bin", stage0.Episodes("Hopper-v4", 1, 0).row)
+    assert len(buffer) == 600
+    early = buffer[: attributes["policy_step"][0]]
+    ended = early["terminals"] | early["timeouts"]
+    whole = [early[early["episode"] == k] for k in np.unique(early["episode"][ended])]
     for key in data:
-        assert (data[key] == np.concatenate([early[key][early["episode"] == e] for e in whole])).all()
-    uniform = early["actions"][:400]  # the first START steps are uniformly random
-    assert abs(uniform.mean()) < 0.1 and uniform.std() == pytest.approx(1 / np.sqrt(3), abs=0.05)
+        assert (data[key] == np.concatenate([rows[key] for rows in whole])).all()
+    uniform = buffer["actions"][:96]  # the first START steps are uniformly random
+    assert abs(uniform.mean()) < 0.15 and uniform.std() == pytest.approx(1 / np.sqrt(3), abs=0.08)
 
 
-def test_a_gymnasium_vector_environment_is_collected_and_says_so(tmp_path, run_main, small, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    code, out, err = run_main(
-        stage0, "--env-id", "InvertedPendulum-v5", "--num-envs", 3, "--total-steps", 900, "--transitions", 100,
-        "--qualities", "random", "medium",
-    )  # fmt: skip
-    assert code == 0 and "gymnasium.vector (slower" in out, err
-    with h5py.File(tmp_path / "data/invertedpendulum_v5-random-local.hdf5") as f:
-        assert f["observations"].shape[1] == 4 and np.abs(f["actions"]).max() > 1  # its actions go to 3
+def test_any_environment_of_vectors_is_collected(tmp_path, untrained):
+    code, _, err = collect(tmp_path, "random", "medium", total=300, **{"env-id": "InvertedPendulum-v5", "num-envs": 3})
+    assert code == 0, err
+    data, _ = read(tmp_path / "data/invertedpendulum_v5-random-local.hdf5")
+    assert data["observations"].shape[1] == 4 and 1 < np.abs(data["actions"]).max() <= 3  # its bounds
     assert (tmp_path / "data/invertedpendulum_v5-medium-local.hdf5").exists()
 
 
-# ---- resume, refusals ----
+# ---- resume ----
 
 
-def test_rows_of_a_killed_run_after_its_checkpoint_are_cut_off(tmp_path):
-    rows = np.arange(10, dtype=np.int32).view([("observations", "i4")])
-    stage0.append_replay(tmp_path, rows, 0, 6)
-    stage0.append_replay(tmp_path, rows[::-1], 4, 8)  # the checkpoint knew of 4
-    found = np.zeros(8, rows.dtype)
-    stage0.read_replay(tmp_path, found)
-    assert found["observations"].tolist() == [0, 1, 2, 3, 5, 4, 3, 2]
+def resume_pt(folder):
+    return torch.load(folder / RUN / "resume.pt", weights_only=True)
 
 
-def run_state(folder):
-    state = torch.load(folder / "runs/Hopper-v4__collect_dataset__1/resume.pt", weights_only=True)
-    return state, (folder / "runs/Hopper-v4__collect_dataset__1/replay.bin").read_bytes()
+def equal(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["SIGKILL", "Ctrl-C"])
-def test_killed_and_resumed_gives_the_same_policies_and_files(collected, tmp_path, how):
+def assert_same_run(one, two, *qualities):
+    """Networks, optimisers, random streams, counters, replay buffer, logs and datasets, bit for bit."""
+    assert equal(resume_pt(one), resume_pt(two))
+    for file in ("replay.bin", "metrics.csv", "evaluations.csv"):
+        assert (one / RUN / file).read_bytes() == (two / RUN / file).read_bytes(), file
+    for quality in qualities:
+        name = "hopper-mini.hdf5" if quality == "mini" else f"hopper-{quality}-local.hdf5"
+        (a, _), (b, _) = read(one / "data" / name), read(two / "data" / name)
+        assert all((a[key] == b[key]).all() for key in a), name
+
+
+def test_killed_and_resumed_is_the_same_run(collected, tmp_path, monkeypatch):
+    """SIGKILL between two checkpoints, of the script copied away alone; its folder is where datasets go by default."""
     whole, _ = collected
-    process = subprocess.Popen(
-        small_command(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
-    )
-    run = tmp_path / "runs/Hopper-v4__collect_dataset__1"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (run / "policies/600.pt").exists():
-        time.sleep(0.002)
-    time.sleep(0.2)
-    process.send_signal(how)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == (-9 if how == signal.SIGKILL else 130), err
-    step = run_state(tmp_path)[0]["step"]
-    assert 0 < step < 1800 and not (tmp_path / "data/hopper-random-local.hdf5").exists()
-    if how == signal.SIGINT:
-        assert "the same command continues" in out and "Traceback" not in err
-    result = subprocess.run(small_command(tmp_path), capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0 and f"continuing at step {step:,}" in result.stdout, result.stderr
-    (a, rows_a), (b, rows_b) = run_state(whole), run_state(tmp_path)
-    assert all(torch.equal(a["agent"][k], b["agent"][k]) for k in a["agent"]) and rows_a == rows_b
-    assert a["evaluations"] == b["evaluations"]
-    for path in (whole / "data").iterdir():
-        with h5py.File(path) as f, h5py.File(tmp_path / "data" / path.name) as g:
-            assert all((f[k][()] == g[k][()]).all() for k in f)
-    for log in ("metrics.csv", "evaluations.csv"):
-        assert (run / log).read_text() == (whole / "runs/Hopper-v4__collect_dataset__1" / log).read_text()
+    (tmp_path / "data").mkdir()
+    script = shutil.copy(stage0.__file__, tmp_path / "data")
+    code = f"""
+import os, sys
+sys.path[0] = {str(tmp_path / "data")!r}
+import collect_dataset as c
+vars(c).update({SMALL!r})
+real, calls = c.SAC.step, []
+def step(*args):
+    calls.append(1)
+    return real(*args) if len(calls) < 250 else os.kill(os.getpid(), {int(signal.SIGKILL)})
+c.SAC.step = step
+c.run(c.main)
+"""
+    flags = ["--total-steps", "600", "--transitions", "200", "--qualities", *ALL]
+    child = subprocess.run([sys.executable, "-c", code, *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    assert resume_pt(tmp_path)["counters"]["step"] == 200 and list((tmp_path / "data").glob("*.hdf5")) == []
+    with open(tmp_path / RUN / "replay.bin", "ab") as f:
+        f.write(b"rows that a killed process wrote after its last checkpoint, half of one")
+    monkeypatch.setattr(stage0, "__file__", script)
+    code, out, err = call(stage0, *flags)
+    assert code == 0 and "step 200 of 600" in out, err
+    assert_same_run(whole, tmp_path, *ALL)
 
 
-def test_an_evaluation_whose_checkpoint_was_not_written_is_listed_once(tmp_path, small, run_main, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    real = stage0.save_checkpoint
+def test_ctrl_c_loses_what_is_newer_than_the_checkpoint_and_says_so(collected, tmp_path, monkeypatch):
+    """Here between an evaluation and its checkpoint: the evaluation is made again, and listed once."""
+    whole, _ = collected
+    real = stage0.save_resume
 
-    def dying(path, payload):
-        if path.name == "600.pt":
+    def interrupted(folder, content, *rest):
+        if content["counters"]["step"] == 200:
             raise KeyboardInterrupt
-        real(path, payload)
+        real(folder, content, *rest)
 
-    arguments = ["--total-steps", 600, "--transitions", 50, "--qualities", "random"]
-    monkeypatch.setattr(stage0, "save_checkpoint", dying)
-    with pytest.raises(KeyboardInterrupt):
-        run_main(stage0, *arguments)
-    monkeypatch.setattr(stage0, "save_checkpoint", real)
-    log = tmp_path / "runs/Hopper-v4__collect_dataset__1/evaluations.csv"
-    assert [line.split(",")[0] for line in log.read_text().split()] == ["step", "0", "600"]
-    assert run_main(stage0, *arguments)[0] == 0
-    assert [line.split(",")[0] for line in log.read_text().split()] == ["step", "0", "600"]
+    monkeypatch.setattr(stage0, "save_resume", interrupted)
+    one_line(collect(tmp_path, "random"), 130, "interrupted", "resume.pt is the last good state", "continues")
+    assert resume_pt(tmp_path)["counters"]["step"] == 0 and "\n200," in (tmp_path / RUN / "evaluations.csv").read_text()
+    monkeypatch.setattr(stage0, "save_resume", real)
+    assert collect(tmp_path, "random", total=400)[0] == 0
+    lines = (whole / RUN / "evaluations.csv").read_text().splitlines()
+    assert (tmp_path / RUN / "evaluations.csv").read_text().splitlines() == lines[:4]
 
 
-def test_more_steps_go_on_and_less_steps_choose_among_the_first(collected, tmp_path, small, run_main, monkeypatch):
-    """1,200 steps raised to 1,800 is a run of 1,800; its files are refused where a level moved, not overwritten."""
+def test_a_longer_run_continues_and_a_shorter_one_chooses_among_its_first_policies(collected, tmp_path):
+    """Files are refused where a level has moved, never overwritten."""
     whole, _ = collected
-    monkeypatch.chdir(tmp_path)
-    common = ["--transitions", 700, "--qualities"]
-    code, _, err = run_main(stage0, "--total-steps", 1200, *common, "random", "expert")
-    assert code == 0, err
-    code, out, err = run_main(stage0, "--total-steps", 1800, *common, "random", "mini")
-    assert code == 0 and "continuing at step 1,200" in out and "hopper-random-local.hdf5 is there already" in out, err
-    (a, rows_a), (b, rows_b) = run_state(whole), run_state(tmp_path)
-    assert all(torch.equal(a["agent"][k], b["agent"][k]) for k in a["agent"]) and rows_a == rows_b
-    # the best of 1,200 steps again, though there are 1,800 by now
-    code, out, err = run_main(stage0, "--total-steps", 1200, *common, "expert")
+    assert collect(tmp_path, "random", "expert", total=400)[0] == 0
+    code, out, err = collect(tmp_path, "random", "mini")
+    assert code == 0 and "step 400 of 600" in out and "hopper-random-local.hdf5 is there already" in out, err
+    assert_same_run(whole, tmp_path, "random", "mini")
+    code, out, err = collect(tmp_path, "expert", total=400)  # the best of 400 steps, though there are 600 by now
     assert code == 0 and "is there already" in out, err
     before = (tmp_path / "data/hopper-mini.hdf5").read_bytes()
-    code, out, err = run_main(stage0, "--total-steps", 1200, *common, "mini")
-    assert code == 2 and "made otherwise (policy_step [0, 600, 1200, 1800] there" in err and "Traceback" not in err
+    one_line(collect(tmp_path, "mini", total=400), 2, "was made otherwise (policy_step [0, 200, 400, 600] there")
     assert (tmp_path / "data/hopper-mini.hdf5").read_bytes() == before
 
 
-def test_a_medium_return_that_is_never_reached_says_so_and_keeps_the_rest(tmp_path, small, run_main, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    code, out, err = run_main(
-        stage0, "--medium-return", 3000, "--total-steps", 600, "--transitions", 50, "--qualities", *ALL
+def test_a_nan_stops_the_training_and_keeps_the_last_good_state(tmp_path, monkeypatch):
+    real, calls = stage0.SAC.step, []
+    monkeypatch.setattr(
+        stage0.SAC, "step", lambda *args: real(*args) * (float("nan") if calls.append(1) or len(calls) > 150 else 1)
     )
-    last = err.splitlines()[-1]
-    assert code == 1 and "--medium-return 3000 was never reached (best:" in last and "--total-steps" in last
-    assert "medium-replay, medium, medium-expert could not be made" in last
-    assert {p.name for p in (tmp_path / "data").iterdir()} == {
-        "hopper-random-local.hdf5", "hopper-expert-local.hdf5", "hopper-mini.hdf5",
-    }  # fmt: skip
-    assert (tmp_path / "runs/Hopper-v4__collect_dataset__1/resume.pt").exists()
+    one_line(collect(tmp_path, "random"), 1, "NaN", "resume.pt is the last good state")
+    state = resume_pt(tmp_path)
+    assert state["counters"]["step"] == 200 and all(x.isfinite().all() for x in state["actor"].values())
+    assert "nan" not in (tmp_path / RUN / "metrics.csv").read_text()
 
 
-def test_bad_arguments(tmp_path, run_main, collected, monkeypatch):
+# ---- refusals ----
+
+
+@pytest.fixture
+def copy(collected, tmp_path):
+    shutil.copytree(collected[0] / "runs", tmp_path / "runs")
+    return tmp_path
+
+
+@pytest.mark.parametrize("damage", ["cut short", "one bit", "missing"])
+def test_a_damaged_replay_file_is_recognised(copy, damage):
+    path = copy / RUN / "replay.bin"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "one bit":
+        path.write_bytes(content)
+    elif damage == "cut short":
+        os.truncate(path, len(content) - 1)
+    else:
+        path.unlink()
+    one_line(collect(copy, "mini"), 2, "replay.bin: damaged", "600 transitions", "remove")
+    assert not list((copy / "data").iterdir())
+
+
+def test_a_run_folder_of_other_content_is_refused(copy):
+    one_line(collect(copy, "mini", **{"num-envs": 4}), 2, "resume.pt is of another run (num_envs 8 there, 4 here)")
+    with stage0.claim(copy / RUN):
+        one_line(collect(copy, "mini"), 2, "another process is writing this run")
+    (copy / RUN / "policy_0.pt").write_bytes(b"not a policy")
+    one_line(collect(copy, "random"), 2, "policy_0.pt: damaged")
+
+
+def test_a_medium_return_that_is_never_reached_says_so_and_keeps_the_rest(copy):
+    result = collect(copy, *ALL, **{"medium-return": 3000})
+    files = [f"hopper-{quality}-local.hdf5" for quality in ("medium-replay", "medium", "medium-expert")]
+    one_line(result, 1, *(f"{file}: no policy reached --medium-return 3000" for file in files))
+    names = {"hopper-random-local.hdf5", "hopper-expert-local.hdf5", "hopper-mini.hdf5"}
+    assert {path.name for path in (copy / "data").iterdir()} == names
+
+
+def test_bad_arguments(tmp_path, collected, monkeypatch):
     folder, _ = collected
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stage0, "claim", None)  # would raise if it were called
     (tmp_path / "file").write_text("")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/hopper-random-local.hdf5").write_text("not HDF5")
     gymnasium.register("Endless-v0", "gymnasium.envs.mujoco.hopper_v4:HopperEnv")
     cases = [
-        (["--env-id", "Hoper-v4"], "Hoper"),
-        (["--env-id", "CartPole-v1"], "Discrete"),
-        (["--env-id", "CarRacing-v3"], "--env-id CarRacing-v3"),
-        (["--env-id", "Endless-v0"], "no time limit"),
-        (["--out-dir", tmp_path / "file"], "cannot write there"),
-        (["--out-dir", "/proc/none"], "cannot write there"),
-        (["--total-steps", 9999], "--total-steps 9999"),
-        (["--qualities"], "--qualities"),
-        (["--transitions", 0], "--transitions 0"),
-        (["--num-envs", 0], "--num-envs 0"),
-        (["--seed", -1], "--seed -1"),
-        (["--out-dir", tmp_path / "elsewhere"], "was made otherwise"),
-        (["--out-dir", folder / "data", "--seed", 2], "was made otherwise (seed 1 there, 2 here)"),
-        (["--out-dir", folder / "data"], "was made otherwise (transitions 700 there, 1000000 here)"),
-        (["--runs-dir", tmp_path / "file"], "cannot write there"),
+        ({"env-id": "Hoper-v4"}, 2, "Hoper"),
+        ({"env-id": "CartPole-v1"}, 2, "needs vectors, bounded actions and a time limit; has"),
+        ({"env-id": "CarRacing-v3"}, 2, "--env-id CarRacing-v3"),
+        ({"env-id": "Endless-v0"}, 2, "None"),
+        ({"out-dir": tmp_path / "file"}, 1, "File exists"),
+        ({"out-dir": "/proc/none"}, 1, "/proc/none"),
+        ({"out-dir": tmp_path / "elsewhere"}, 2, "was made otherwise (env_id None there, Hopper-v4 here)"),
+        ({"out-dir": folder / "data", "seed": 2}, 2, "was made otherwise (seed 1 there, 2 here)"),
+        ({"out-dir": folder / "data", "transitions": 300}, 2, "was made otherwise (transitions 200 there, 300 here)"),
     ]
-    if os.geteuid():  # root writes everywhere
-        (tmp_path / "locked").mkdir(mode=0o500)
-        cases.append((["--out-dir", tmp_path / "locked"], "cannot write there"))
-    for arguments, says in cases:
-        code, out, err = run_main(stage0, *arguments)
-        assert (code, out) == (2, "") and says in err and err.count("\n") == 1, (arguments, out, err)
-        assert not (tmp_path / "runs").exists()
+    for flags, code, says in cases:
+        one_line(collect(tmp_path, "random", **flags), code, says)
     gymnasium.registry.pop("Endless-v0")
-    code, out, err = run_main(stage0, "--total-steps", 10**17)
-    assert (code, out) == (2, "") and "does not fit into memory" in err and err.count("\n") == 1
-
-
-def test_steps_that_the_environments_do_not_divide_and_files_without_an_episode(tmp_path, small, run_main, monkeypatch):
-    """7 environments pass 1,200 steps at 1,204: that policy counts. HalfCheetah has no whole episode in 602 / 7 steps."""
-    monkeypatch.chdir(tmp_path)
-    common = ["--num-envs", 7, "--transitions", 50]
-    code, _, err = run_main(stage0, *common, "--total-steps", 1200, "--qualities", "mini")
-    assert code == 0, err
-    with h5py.File(tmp_path / "data/hopper-mini.hdf5") as f:
-        assert f.attrs["policy_step"].tolist() == [0, 602, 1204]
-    code, out, err = run_main(
-        stage0,
-        *common,
-        "--env-id",
-        "HalfCheetah-v4",
-        "--total-steps",
-        600,
-        "--qualities",
-        "medium-replay",
-        "mini",
-        "expert",
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)  # a folder that cannot be written to: root writes everywhere
+        one_line(collect(tmp_path, "random"), 2, "--out-dir", "cannot write there")
+    of_tyro = (
+        "--total-steps 295, --transitions 0, --num-envs 0, --num-envs 101, --seed -1, --qualities, --exp-name ../x"
     )
-    last = err.splitlines()[-1]
-    assert code == 1 and "medium-replay-local.hdf5: no whole episode; --num-envs is too large" in last
-    assert "mini.hdf5: no whole episode; --transitions is too small" in last
-    assert [p.name for p in (tmp_path / "data").glob("half*")] == ["halfcheetah-expert-local.hdf5"]
+    for flags in [*of_tyro.split(", "), "--medium-return nan"]:
+        code, out, err = call(stage0, "--out-dir", tmp_path / "new", *flags.split())
+        assert (code, out) == (2, "") and flags.split()[0] in err and "Traceback" not in err, (flags, err)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "elsewhere", "data"}
 
 
-def test_a_file_that_another_process_wrote_meanwhile_is_kept(tmp_path):
-    path = tmp_path / "x.hdf5"
-    path.write_text("theirs")
-    rows = np.zeros(3, stage0.Episodes("Hopper-v4", 1, 0).row)
+def test_a_buffer_larger_than_memory_is_one_line(tmp_path, monkeypatch):
+    def zeros(*_):
+        raise MemoryError("Unable to allocate 65.2 GiB")
+
+    episodes = stage0.Episodes("Hopper-v4", 8, 10**18)
+    monkeypatch.setattr(stage0, "Episodes", lambda *_: episodes)
+    monkeypatch.setattr(np, "zeros", zeros)
+    one_line(collect(tmp_path, "random"), 1, "Unable to allocate 65.2 GiB")
+
+
+def test_steps_that_the_environments_do_not_divide_and_files_without_an_episode(tmp_path, untrained):
+    """7 environments pass 400 steps at 406: that policy counts. Reacher's 50 steps do not fit into 203 / 7."""
+    code, _, err = collect(tmp_path, "mini", total=400, **{"num-envs": 7})
+    assert code == 0 and read(tmp_path / "data/hopper-mini.hdf5")[1]["policy_step"].tolist() == [0, 203, 406], err
+    flags = {"env-id": "Reacher-v5", "num-envs": 7, "transitions": 10}
+    result = collect(tmp_path, "medium-replay", "mini", "expert", total=300, **flags)
+    one_line(result, 1, "reacher_v5-medium-replay-local.hdf5: no whole", "reacher_v5-mini.hdf5: no whole episode")
+    assert [path.name for path in (tmp_path / "data").glob("reacher*")] == ["reacher_v5-expert-local.hdf5"]
+
+
+def test_a_file_that_another_process_wrote_meanwhile_is_kept_and_a_killed_ones_remains_go(tmp_path, capfd):
+    path, rows = tmp_path / "x.hdf5", np.zeros(3, stage0.Episodes("Hopper-v4", 1, 0).row)
     rows["terminals"][-1] = True
+    path.write_text("theirs")
     with pytest.raises(SystemExit):
         stage0.write_hdf5(path, rows, {})
-    assert path.read_text() == "theirs" and list(tmp_path.iterdir()) == [path]
+    assert path.read_text() == "theirs" and "another process has written it" in capfd.readouterr().err
+    path.rename(tmp_path / "x.hdf5.123.tmp")
+    stage0.write_hdf5(path, rows, {})
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_damaged_run_folder_is_refused(collected, tmp_path, small, run_main, monkeypatch):
-    import shutil
-
-    folder, _ = collected
-    shutil.copytree(folder, tmp_path / "copy")
-    monkeypatch.chdir(tmp_path / "copy")
-    run = tmp_path / "copy/runs/Hopper-v4__collect_dataset__1"
-    arguments = [*SMALL_RUN, "--qualities", "mini"]
-    code, _, err = run_main(stage0, *arguments, "--num-envs", 4, "--out-dir", "new")
-    assert code == 2 and "num_envs 8 there, 4 here" in err
-    lock = stage0.claim(run)
-    code, _, err = run_main(stage0, *arguments)
-    assert code == 2 and "another process" in err and err.count("\n") == 1
-    lock.release()
-    os.truncate(run / "replay.bin", 1000)
-    code, _, err = run_main(stage0, *arguments)
-    assert code == 2 and "replay.bin" in err and "rows, resume.pt needs 1,800" in err and err.count("\n") == 1
+# ---- the two minis that come with the code ----
 
 
-def test_a_nan_stops_the_training_and_keeps_the_last_good_state(tmp_path, small, run_main, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    real = stage0.critic_loss
-
-    def broken(agent, batch, generator):
-        loss, q = real(agent, batch, generator)
-        return (loss * float("nan"), q) if broken.calls > 300 else (loss, q)
-
-    broken.calls = 0
-
-    def counting(*args):
-        broken.calls += 1
-        return broken(*args)
-
-    monkeypatch.setattr(stage0, "critic_loss", counting)
-    code, _, err = run_main(stage0, *SMALL_RUN)
-    assert code == 1 and "NaN" in err.splitlines()[-1] and "resume.pt is the last good state" in err
-    state, _ = run_state(tmp_path)
-    assert state["step"] == 600 and all(x.isfinite().all() for x in state["agent"].values())
-
-
-# ---- hopper-mini, the embedded dataset ----
-
-
-def test_hopper_mini_is_what_readme_says():
-    path = ROOT / "data" / "hopper-mini.hdf5"
-    assert path.stat().st_size <= 6 * 2**20
-    data = stage1.read_dataset(stage1.parse_env("hopper-mini"), ())
-    assert 60_000 <= len(data.rewards) <= 100_000 and data.clipped == 0 and not data.is_d4rl
-    counts, edges = np.histogram(data.returns)
-    assert edges[0] < 50 and counts.min() * 2 >= counts.max(), counts  # from falling at once, evenly
-    with h5py.File(path) as f:
-        assert edges[-1] > 0.9 * max(f.attrs["policy_return"]) and f.attrs["env_id"] == "Hopper-v4"
-        assert f.attrs["command"] in (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("body", ["hopper", "halfcheetah"])
+def test_the_minis_are_what_their_readme_says(body):
+    path, readme = ROOT / "data" / f"{body}-mini.hdf5", (ROOT / "data/README.md").read_text()
+    data, attributes = read(path)
+    assert path.stat().st_size < 7 * 2**20 and attributes["env_id"] in stage0.BODY_IDS
+    [row] = [line.split("|") for line in readme.splitlines() if line.startswith(f"| `{path.name}`")]
+    flags = row[2].partition("collect_dataset.py")[2].strip(" `")
+    assert attributes["command"].partition("collect_dataset.py ")[2].startswith(flags)
+    ends = ends_of(data)
+    returns = np.add.reduceat(data["rewards"], np.append(0, ends[:-1]), dtype=np.float64)
+    assert (row[3].strip(), row[4].strip()) == (f"{len(data['rewards']):,}", str(len(ends)))
+    assert row[5].strip() == f"{returns.min():,.0f} to {returns.max():,.0f}"
+    assert f"| {body}-mini | {' | '.join(map(str, np.histogram(returns, 10)[0]))} |" in readme
+    read_back = stage1.read_dataset(stage1.parse_env(path.stem), ())
+    assert len(read_back.rewards) == len(data["rewards"]) == ends[-1] and not read_back.is_d4rl
 
 
 def test_rows_of_hopper_mini_are_steps_of_gymnasiums_hopper():
     """Put Gymnasium's own environment into the recorded state (x is not in it, and nothing depends on x), and step."""
-    data = stage1.read_dataset(stage1.parse_env("hopper-mini"), ())
-    inside = np.ones(len(data.rewards), bool)
-    inside[data.ends - 1] = False
-    inside[np.abs(data.observations[:, 5:]).max(axis=1) >= 10] = False  # a clipped velocity is not the state's
+    data, _ = read(ROOT / "data/hopper-mini.hdf5")
+    inside, ends = np.ones(len(data["rewards"]), bool), ends_of(data)
+    inside[ends - 1] = False
+    inside[np.abs(data["observations"][:, 5:]).max(axis=1) >= 10] = False  # a clipped velocity is not the state's
     env = stage0.make_env("Hopper-v4")
     env.reset(seed=0)
-    for i in np.random.default_rng(0).choice(np.flatnonzero(inside), 300, replace=False):
-        obs = data.observations[i].astype(np.float64)
+    for i in np.random.default_rng(0).choice(np.flatnonzero(inside), 200, replace=False):
+        obs = data["observations"][i].astype(np.float64)
         env.set_state(np.append(0.0, obs[:5]), obs[5:])
-        following, reward, terminated, _, _ = env.step(data.actions[i])
-        np.testing.assert_allclose(following, data.observations[i + 1], rtol=1e-3, atol=1e-3)
-        assert reward == pytest.approx(data.rewards[i], abs=1e-3) and not terminated
-    for end in data.ends[:40]:
-        obs = data.observations[end - 1].astype(np.float64)
+        following, reward, terminated, _, _ = env.step(data["actions"][i])
+        np.testing.assert_allclose(following, data["observations"][i + 1], rtol=1e-3, atol=1e-3)
+        assert reward == pytest.approx(data["rewards"][i], abs=1e-3) and not terminated
+    for end in ends[:40]:
+        obs = data["observations"][end - 1].astype(np.float64)
         if np.abs(obs[5:]).max() < 10:
             env.set_state(np.append(0.0, obs[:5]), obs[5:])
-            assert env.step(data.actions[end - 1])[2] == data.terminals[end - 1]
+            assert env.step(data["actions"][end - 1])[2] == data["terminals"][end - 1]

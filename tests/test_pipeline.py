@@ -30,8 +30,19 @@ def read_csv(path: Path) -> list[dict]:
         return list(csv.DictReader(f))
 
 
+def step_of(resume: Path) -> int:
+    return load(resume)["counters"]["step"]
+
+
 def last_line(text: str) -> str:
     return text.splitlines()[-1] if text else ""
+
+
+def error_line(err: str) -> str:
+    """The one line of error, with nothing before it on its line; a progress bar may stand above and below."""
+    (line,) = (line for line in err.splitlines() if line.startswith("error: "))
+    assert err.count("error") == 1 and "Traceback" not in err
+    return line
 
 
 # ---- the three stages ----
@@ -81,8 +92,8 @@ def test_q_is_ranked_against_plain_and_discounted_returns_of_the_sweep(pipeline,
     seen, real = [], stage3.rollout
     monkeypatch.setattr(stage3, "rollout", lambda *args, **kwargs: seen.append(real(*args, **kwargs)) or seen[0])
     record, _ = stage3.sweep(trained, np.array([10.0, 50.0, 90.0]), (100.0,), 4, seed=1)
-    rollouts = seen[0]
-    q = trained.critic(rollouts.first_obs, rollouts.first_act).amin(0).detach().numpy()[:12]  # not the high target's
+    rollouts, critic = seen[0], stage3.load_critic(trained)
+    q = critic(rollouts.first_obs, rollouts.first_act).amin(0).detach().numpy()[:12]  # not the high target's
     pairs = zip(rollouts.rewards, rollouts.lengths)
     discounted = [sum(0.5**t * r for t, r in enumerate(rewards[:n])) for rewards, n in pairs]
     ranks = lambda x: np.argsort(np.argsort(x))  # noqa: E731  no two of them are equal
@@ -144,7 +155,7 @@ def test_antmaze_trains_and_says_that_it_cannot_be_rolled_out(tmp_path, run_main
     critic = load(tmp_path / f"{name}__pretrain_q__1" / "critic.pt")
     resume, config = load(folder / "resume.pt"), load(folder / "policy.pt")["config"]
     assert [config[k] for k in ("sigma_e", "lambda_e", "delta_rtg", "half_normal")] == [5.0, 100.0, 1.0, True]
-    assert critic["config"]["method"] == "iql" and resume["q_scale"] == critic["report"]["q_abs_mean"] > 0
+    assert critic["config"]["method"] == "iql" and resume["counters"]["q_scale"] == critic["report"]["q_abs_mean"] > 0
     code, out, err = run_main(stage3, "--env", name, "--runs-dir", tmp_path)
     assert code == 2 and out == "" and err.count("\n") == 1 and "AntMaze simulator" in err
 
@@ -203,7 +214,7 @@ def test_three_steps_of_main_are_algorithm_1(run_main, hopper_file, tmp_path, mo
     assert run_main(stage2, *argv(hopper_file, tmp_path, *TINY2, "--total-steps", 3, "--batch-size", B := 32))[0] == 0
     got = load(tmp_path / f"{ENV}__train_qalign_dt__1" / "resume.pt")
     config, task = got["config"], stage2.parse_env(ENV)
-    assert got["gamma"] == 0.9 and [config[k] for k in ("sigma_e", "lambda_e", "delta_rtg")] == [10, 0.3, 1]
+    assert got["counters"]["gamma"] == 0.9 and [config[k] for k in ("sigma_e", "lambda_e", "delta_rtg")] == [10, 0.3, 1]
     data = stage2.read_dataset(task, (str(hopper_file),))
 
     torch.manual_seed(1)
@@ -366,10 +377,10 @@ def test_killed_and_resumed_ends_with_the_same_bits(stage, final, networks, whol
     step, goal = 0, 105 if stage is stage2 else 20  # stage 2: beyond the first row of metrics.csv
     while step < goal:
         time.sleep(0.02)
-        step = load(folder / "resume.pt")["step"]
+        step = step_of(folder / "resume.pt")
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    step = load(folder / "resume.pt")["step"]
+    step = step_of(folder / "resume.pt")
     assert goal <= step < 220 if stage is stage2 else step < 600
     (folder / "metrics.csv").write_bytes(b"\0torn,")  # no run reads it
     code, out, err = run_main(stage, *command)
@@ -413,11 +424,10 @@ def test_ctrl_c_is_one_line_that_names_the_last_good_state(stage, whole, run_mai
 
     monkeypatch.setattr(learner, "step", interrupted)
     code, _, err = run_main(stage, *command)
-    assert code == 130 and "nothing was saved" in last_line(err) and "Traceback" not in err
-    assert last_line(err).startswith("error: interrupted"), err  # on a line of its own, below the progress bar
+    assert code == 130 and "error: interrupted; nothing was saved" in error_line(err)
     code, _, err = run_main(stage, *command, "--checkpoint-minutes", 0)
-    assert code == 130 and f"{folder}/resume.pt" in last_line(err) and "the same command continues" in last_line(err)
-    assert load(folder / "resume.pt")["step"] == 48
+    assert code == 130 and f"{folder}/resume.pt" in error_line(err) and "the same command continues" in error_line(err)
+    assert step_of(folder / "resume.pt") == 48
     code, out, err = run_main(stage, *command)
     assert code == 0 and "step 48\n" in out, err
     assert_same_run(folders[stage], folder, "critic.pt" if stage is stage1 else "policy.pt", ("critic",))
@@ -479,7 +489,7 @@ def test_a_run_resumes_without_stage_1s_critic(whole, run_main, hopper_file, tmp
     folder = tmp_path / folders[stage2].name
     folder.mkdir()
     content = load(folders[stage2] / "resume.pt")
-    torch.save(content | {"step": 200}, folder / "resume.pt")
+    torch.save(content | {"counters": content["counters"] | {"step": 200}}, folder / "resume.pt")
     monkeypatch.setattr(stage2, "stage_1", None)  # would raise if it were called
     flags = [x for x in flags[stage2] if x != "--critic" and "critic.pt" not in str(x)]
     code, out, err = run_main(stage2, *argv(hopper_file, tmp_path, *flags))

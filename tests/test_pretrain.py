@@ -109,7 +109,7 @@ def test_report_where_no_return_is_known():
     assert result["q_abs_mean"] == pytest.approx(q.abs().mean().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("warm_start_steps, tau", [(0, 0.4), (200, 0.1)])
+@pytest.mark.parametrize("warm_start_steps, tau", [(0, 0.4), (150, 0.1)])
 def test_sarsa_reaches_the_true_values_of_a_terminal_chain(warm_start_steps, tau, tmp_path, run_main, monkeypatch):
     """Ten copies of the chain 1, 2, 3 -> end: Q must become the discounted return of each state."""
     monkeypatch.setattr(stage1, "TAU", tau)
@@ -118,7 +118,7 @@ def test_sarsa_reaches_the_true_values_of_a_terminal_chain(warm_start_steps, tau
     rewards, actions = np.tile([1.0, 2.0, 3.0], 10).astype(np.float32), np.zeros((30, 3), np.float32)
     file = write_hdf5(tmp_path / "chain.hdf5", observations, actions, rewards, end, end & False)
     argv = ["--env", TASK.name, "--dataset-path", file, "--runs-dir", tmp_path, "--device", "cpu", "--lr", 0.003]
-    argv += ["--critic-width", 32, "--batch-size", 32, "--total-steps", 400, "--warm-start-steps", warm_start_steps]
+    argv += ["--critic-width", 32, "--batch-size", 32, "--total-steps", 300, "--warm-start-steps", warm_start_steps]
     code, out, err = run_main(stage1, *argv)
     assert code == 0, err
     assert ("regress on discounted returns" in out) == (warm_start_steps > 0)

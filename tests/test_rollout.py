@@ -84,7 +84,7 @@ def trained_for(task, context_len=K, obs_mean=OBS_MEAN, obs_std=OBS_STD) -> stag
     for p in policy.parameters():
         torch.nn.init.normal_(p, std=0.3)
     content = dict(config=dict(context_len=context_len), obs_mean=obs_mean, obs_std=obs_std)
-    return stage3.Trained(Path("policy.pt"), task, policy, None, content)
+    return stage3.Trained(path=Path("policy.pt"), task=task, policy=policy, content=content)
 
 
 @pytest.fixture(scope="module")
@@ -180,19 +180,17 @@ def test_stage_2s_evaluation_and_rollout_of_other_bodies(body, monkeypatch):
 
 def test_an_episode_is_1000_steps_long_at_most():
     """And the timestep embedding has an entry for every step."""
-    task = stage3.parse_env("halfcheetah-medium-test")
-    policy = stage2.Policy(17, 6, 8, 1, 1, stage2.Config().max_timestep)
-    config = stage2.Config(context_len=1, eval_rollouts=1)
-    seen, act = [], policy.act
+    config, seen = stage2.Config(context_len=1, eval_rollouts=1), []
+    policy = stage2.Policy(17, 6, 8, 1, 1, config.max_timestep)
 
-    def listen(rtg, obs, action, timestep, valid):
+    def stand_still(rtg, obs, act, timestep, valid):
         seen.append(timestep.max().item())
-        return act(rtg, obs, action, timestep, valid)
+        return torch.zeros(1, 6)
 
-    policy.act = listen
+    policy.act = stand_still
     data = SimpleNamespace(obs_mean=torch.zeros(17), obs_std=torch.ones(17))
-    stage2.evaluate(policy, task, (1000.0,), config, data)
-    assert seen == list(range(1000)) and stage3.HORIZON == 1000
+    stage2.evaluate(policy, stage2.parse_env("halfcheetah-medium-test"), (1000.0,), config, data)
+    assert seen == list(range(1000)) and stage3.HORIZON == policy.embed_time.num_embeddings == 1000
 
 
 # ---- scores ----

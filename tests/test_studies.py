@@ -200,6 +200,7 @@ def test_a_failing_run_shows_its_line_and_stops_no_other(tmp_path, capfd):
         make_run(tmp_path, "long", long),
         make_run(tmp_path, "silent", "os._exit(3)"),
         make_run(tmp_path, "killed", "os.kill(os.getpid(), 9)"),
+        make_run(tmp_path, "empty", "os._exit(0)"),
         make_run(tmp_path, "good", ""),
     ]
     start = time.monotonic()
@@ -208,13 +209,14 @@ def test_a_failing_run_shows_its_line_and_stops_no_other(tmp_path, capfd):
     assert records["hopper-mini__good__1"]["alignment"]["alignment_rmse"] == 2.0
     assert [file.stem for file in (tmp_path / "results/records").iterdir()] == list(records)
     out, err = capfd.readouterr()
-    log = f"(log: {tmp_path}/runs/logs/hopper-mini__"
+    empty, log = tmp_path / "runs/hopper-mini__empty__1", f"(log: {tmp_path}/runs/logs/hopper-mini__"
     assert sorted(err.splitlines()) == [
+        f"hopper-mini__empty__1: [Errno 2] No such file or directory: '{empty}/alignment.json'",
         f"hopper-mini__killed__1: training ended with code -9: no output {log}killed__1.log)",
         f"hopper-mini__long__1: training ended with code 1: error: no space left {log}long__1.log)",
         f"hopper-mini__silent__1: training ended with code 3: no output {log}silent__1.log)",
     ]
-    said = [f"hopper-mini__{name}__1: starts" for name in ("long", "silent", "killed", "good")]
+    said = [f"hopper-mini__{name}__1: starts" for name in ("long", "silent", "killed", "empty", "good")]
     assert sorted(out.splitlines()) == sorted([*said, "hopper-mini__good__1: finished"])
 
 
@@ -222,7 +224,7 @@ def test_the_line_of_a_failure_is_of_the_last_attempt(tmp_path, capfd):
     run = make_run(tmp_path, "silent", "sys.exit(3)")
     run.log.parent.mkdir(parents=True)
     run.log.write_text("error: of yesterday\n")
-    assert not studies.perform_all([run], workers=1)
+    assert studies.perform_all([run], workers=1) == {}
     assert "no output" in capfd.readouterr().err and run.log.read_text() == "error: of yesterday\n"
 
 
@@ -243,10 +245,10 @@ def test_workers_share_cores_and_cuda_devices(tmp_path, monkeypatch):
     assert [share["CUDA_VISIBLE_DEVICES"] for share in studies.shares(3)] == ["5", "7", "5"]
     assert {share["OMP_NUM_THREADS"] for share in studies.shares(3)} == {"2"}
     assert {share["OMP_NUM_THREADS"] for share in studies.shares(20)} == {"1"}
-    ask = "print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['OMP_NUM_THREADS'])"
+    ask = "print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['OMP_NUM_THREADS'], os.getsid(0) == os.getpid())"
     runs = [make_run(tmp_path, f"ask_{i}", ask + "; time.sleep(1)") for i in range(2)]
     assert [record["threads"] for record in studies.perform_all(runs, workers=2).values()] == ["3", "3"]
-    assert sorted(run.log.read_text() for run in runs) == ["5 3\n", "7 3\n"]
+    assert sorted(run.log.read_text() for run in runs) == ["5 3 True\n", "7 3 True\n"]  # in sessions of their own
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert not any("CUDA_VISIBLE_DEVICES" in share for share in studies.shares(2))
@@ -267,6 +269,18 @@ def test_a_run_waits_for_a_process_that_holds_its_folder(tmp_path):
         assert [next(generator) for _ in range(3)] == [f"waits for {folder}"] * 3 and not run.log.exists()
     assert next(generator) == "training"
     generator.close()
+
+
+def test_a_record_of_another_process_stays(tmp_path):
+    """The same command started twice: the second waits, and keeps the first one's record with its time of training."""
+    run = make_run(tmp_path, "one", "")
+    generator = studies.perform(run, {**os.environ, "OMP_NUM_THREADS": "1"}, set())
+    assert next(generator) == "training"
+    write_record(run)
+    with pytest.raises(StopIteration) as end:
+        while True:
+            next(generator)
+    assert end.value.value["seconds"]["training"] == 90.0
 
 
 @pytest.mark.parametrize("left", [None, "resume.pt", "policy.pt"])
@@ -343,43 +357,45 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
 
 
 def test_a_study_from_data_to_table(data, main, tmp_path, monkeypatch):
+    """Q-Align DT as it is, and a DT whose folder holds something else, which fails."""
     monkeypatch.setitem(studies.STUDIES, "components", studies.STUDIES["components"][:2])
-    argv = (
-        f"components --env {ENV} --dataset-path {data} --seeds 1 --workers 2 --rollouts 1 --results-dir results".split()
-    )
-    argv += [f"--critic-flags={CRITIC}", f"--train-flags={TRAIN}"]
+    name, bad = f"{ENV}__train_qalign_dt__1", f"{ENV}__dt__1"
+    Path("runs", bad).mkdir(parents=True)
+    Path("runs", bad, "resume.pt").write_text("not a checkpoint")
+    argv = f"components --env {ENV} --dataset-path {data} --seeds 1 --workers 2 --rollouts 1".split()
+    argv += ["--results-dir", "results", f"--critic-flags={CRITIC}", f"--train-flags={TRAIN}"]
     code, out, err = main(*argv)
-    assert (code, err) == (0, "") and out.startswith("2 runs, 0 of them finished before")
-    names = [f"{ENV}__train_qalign_dt__1", f"{ENV}__dt__1"]
-    assert sorted(out.splitlines()[1:-1]) == sorted(
-        f"{name}: {what}" for name in names for what in ("starts", "finished")
+    said = f"runs/{bad}/resume.pt: damaged, or not a checkpoint of train_qalign_dt.py (log: runs/logs/{bad}.log)"
+    assert (code, err.splitlines()) == (
+        1,
+        [
+            f"{bad}: training ended with code 2: error: {said}",
+            "error: 1 of 2 runs are missing; the same command continues",
+        ],
     )
-    record = json.loads(Path(f"results/records/{names[0]}.json").read_text())
-    assert record["alignment"] == json.loads(Path(f"runs/{names[0]}/alignment.json").read_text())
+    assert out.startswith("2 runs, 0 of them finished before")
+    assert sorted(out.splitlines()[1:]) == sorted(
+        [f"{name}: starts", f"{bad}: starts", f"{name}: finished", f"components: results/components__{ENV}.md"]
+    )
+    record = json.loads(Path(f"results/records/{name}.json").read_text())
+    assert record["alignment"] == json.loads(Path(f"runs/{name}/alignment.json").read_text())
     assert record["critic"] == json.loads(Path(f"runs/{ENV}__pretrain_q__1/report.json").read_text())
     assert all(record["seconds"][stage] > 0 for stage in ("critic", "training", "sweep"))
-    assert [command.split()[1] for command in record["commands"]] == [
-        "pretrain_q.py",
-        "train_qalign_dt.py",
-        "evaluate_alignment.py",
-    ]
+    scripts = [command.split()[1] for command in record["commands"]]
+    assert scripts == ["pretrain_q.py", "train_qalign_dt.py", "evaluate_alignment.py"]
     text = Path(f"results/components__{ENV}.md").read_text()
-    assert "| Q-Align DT (seeds 1) | DT (seeds 1) |" in text and "hopper data, not D4RL: noise.hdf5" in text
-    assert record["commands"][1] in text and "Missing" not in text
+    assert "| quantity | Q-Align DT (seeds 1) |\n" in text and "hopper data, not D4RL: noise.hdf5" in text
+    assert f"Missing: {bad}." in text and record["commands"][1] in text
     rows = list(csv.DictReader(open(f"results/components__{ENV}.csv")))
-    assert [(row["variant"], row["seed"]) for row in rows] == [("Q-Align DT", "1"), ("DT", "1")]
+    assert [(row["variant"], row["seed"]) for row in rows] == [("Q-Align DT", "1")]
     assert float(rows[0]["alignment RMSE"]) == record["alignment"]["alignment_rmse"]
-    assert rows[1]["critic: mean Q / mean return"] == "" != rows[0]["critic: mean Q / mean return"]
     assert Path(f"results/components__{ENV}.png").read_bytes()[:4] == b"\x89PNG"
 
-    def run_again(*_):
-        raise AssertionError("something is run again")
-
-    monkeypatch.setattr(studies, "perform_all", run_again)
-    before = Path(f"results/components__{ENV}.md").read_bytes()
+    again = []  # the same command runs only what is missing
+    monkeypatch.setattr(studies, "perform_all", lambda runs, workers: again.extend(runs) or {})
     code, out, err = main(*argv)
-    assert code == 0 and out.startswith("2 runs, 2 of them finished before")
-    assert Path(f"results/components__{ENV}.md").read_bytes() == before
+    assert code == 1 and out.startswith("2 runs, 1 of them finished before") and [run.name for run in again] == [bad]
+    assert Path(f"results/components__{ENV}.md").read_text() == text
     code, out, err = main(*argv, "--target-step", 50)
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert "target_step 100.0 there, 50.0 here; choose another --results-dir" in err
@@ -549,6 +565,9 @@ def test_finished_runs_are_tabulated_without_running_anything(main, tmp_path, mo
     assert [row[:3] for row in rows][:3] == [["variant", "seed", "alignment RMSE"], ["Q-Align DT", "1", "1.0"]] + [
         ["Q-Align DT", "2", "2.0"]
     ]
+    for flags in (["--rollouts", 5], ["--train-flags=--actor-lr 1"], ["--critic-flags=--lr 1"]):
+        code, out, err = main("loss", "--results-dir", "results", *flags)
+        assert (code, out, len(err.splitlines())) == (2, "", 1) and "here; choose another --results-dir" in err
     assert "(seeds 1, 2, 3)" in Path("results/spearman__hopper-mini.md").read_text()
 
 
