@@ -451,7 +451,8 @@ def restore(content: dict, path: Path, learner, sums: torch.Tensor, total_steps:
         for name, part in learner.parts.items():
             part.load_state_dict(content[name])
             for group in getattr(part, "param_groups", ()):
-                group["lr"] = torch.as_tensor(group["lr"]).to(sums.device)
+                if torch.is_tensor(group["lr"]):  # loaded onto the CPU
+                    group["lr"] = group["lr"].to(sums.device)
         sums.copy_(content["sums"])
         generator, cpu, cuda = content["random"]
         learner.generator.set_state(generator)

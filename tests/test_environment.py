@@ -63,13 +63,13 @@ sys.path[:0] = scripts
 for name in modules:  # every import statement of every script, also those inside functions
     importlib.import_module(name)
 import collect_dataset, evaluate_alignment, pretrain_q, run_studies, train_qalign_dt, transfer_cheetah_vel
-env = train_qalign_dt.make_env("Hopper-v4")
-env.reset(seed=1)
-env.step(env.action_space.sample())
-for stage, body in ((evaluate_alignment, "Ant-v4"), (collect_dataset, "Walker2d-v4"), (transfer_cheetah_vel, "HalfCheetah-v4")):
+for stage in (collect_dataset, train_qalign_dt):
+    env = stage.make_env("Hopper-v4")
+    env.reset(seed=1)
+    env.step(env.action_space.sample())
+for stage, body in ((evaluate_alignment, "Ant-v4"), (transfer_cheetah_vel, "HalfCheetah-v4")):
     simulator = stage.Simulator(body, [1, 2])
     simulator.step([0, 1], [simulator.env.action_space.sample() for _ in range(2)])
-train_qalign_dt.Log  # writes with torch.utils.tensorboard, which is among the modules
 print("all imported and stepped")
 """
 

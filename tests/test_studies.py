@@ -447,6 +447,7 @@ def test_bad_input_is_one_line_and_writes_nothing(flags, message, main, tmp_path
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(studies, "perform_all", None)
     file = tmp_path_factory.mktemp("other") / "file"
     file.touch()
     argv = [word.replace("\t", " ").format(file=file) for word in flags.split(" ") if word]
