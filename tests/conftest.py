@@ -20,8 +20,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "results"), str(ROOT /
 ENV = "hopper-medium-tiny"
 TINY1 = "--device cpu --critic-width 16 --total-steps 30 --batch-size 32".split()
 TINY2 = (
-    "--device cpu --precision fp32 --critic-width 16 --embed-dim 16 --n-layer 1 --n-head 2 --context-len 4 --batch-size 8 "
-    "--total-steps 30 --eval-rollouts 1 --eval-every 0"
+    "--device cpu --precision fp32 --critic-width 16 --embed-dim 16 --n-layer 1 --n-head 2 --context-len 4 "
+    "--batch-size 8 --total-steps 30 --eval-rollouts 1 --eval-every 0"
 ).split()
 
 
@@ -61,7 +61,7 @@ def write_hdf5(path, observations, actions, rewards, terminals, timeouts):
 
 
 def record(env_id: str, episodes: int, limit: int, seed: int = 0) -> tuple:
-    """Random actions in Gymnasium's own environment, in D4RL's layout; an episode longer than `limit` ends by timeout."""
+    """Random actions in Gymnasium's environment, in D4RL's layout; episodes longer than `limit` end by timeout."""
     import train_qalign_dt as stage2
 
     env = stage2.make_env(env_id)
@@ -92,7 +92,7 @@ def hopper_file(tmp_path_factory, hopper_arrays):
 
 @pytest.fixture(scope="session")
 def antmaze_arrays():
-    """A point that walks to a goal, in AntMaze's dimensions: 40 episodes of up to 30 steps, reward 1 and terminal at the goal."""
+    """A point that walks to a goal, in AntMaze's dimensions; up to 30 steps, reward 1 and terminal at the goal."""
     rng, rows = np.random.default_rng(0), []
     for _ in range(40):
         x = rng.uniform(0, 2, 2)
@@ -137,6 +137,8 @@ def pipeline(tmp_path_factory, hopper_file):
     for stage, (code, _, err) in outputs.items():
         assert code == 0, f"{stage}: {err}"
     folder = runs / f"{ENV}__train_qalign_dt__1"
-    files = dict(folder=folder, policy=folder / "policy.pt", best=folder / "policy_best.pt", resume=folder / "resume.pt")
+    files = dict(
+        folder=folder, policy=folder / "policy.pt", best=folder / "policy_best.pt", resume=folder / "resume.pt"
+    )
     files |= dict(critic=runs / f"{ENV}__pretrain_q__1" / "critic.pt", dt=runs / f"{ENV}__dt__1" / "policy.pt")
     return SimpleNamespace(runs=runs, outputs=outputs, **files)

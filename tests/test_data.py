@@ -10,11 +10,12 @@ from types import SimpleNamespace
 
 import h5py
 import numpy as np
-import pretrain_q as stage1
 import pytest
 import torch
-import train_qalign_dt as stage2
 from conftest import TINY1, TINY2, argv, write_hdf5
+
+import pretrain_q as stage1
+import train_qalign_dt as stage2
 
 GYM = [f"{b}-{q}-v2" for b in ("hopper", "halfcheetah", "walker2d", "ant") for q in stage2.QUALITIES]
 MAZE = [f"antmaze-{m}-v2" for m in stage2.MAZES]
@@ -38,11 +39,18 @@ def test_known_names_have_scores_from_0_to_100():
     assert stage2.parse_env("antmaze-umaze-v2").score(0.25) == pytest.approx(25)
 
 
-@pytest.mark.parametrize("name, close", [
-    ("hoper-medium-v2", "hopper-medium-v2"), ("hopper-medum-zoo", "hopper-medium"), ("", "-v2"),
-    ("hopper-medium-expert", "hopper-medium-expert-v2"), ("hopper-mixed-v2", "hopper-medium-v2"),
-    ("hopper-medium-../x", "hopper-medium-v2"), ("hopper-medium-\u00e9", "hopper-medium-v2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, close",
+    [
+        ("hoper-medium-v2", "hopper-medium-v2"),
+        ("hopper-medum-zoo", "hopper-medium"),
+        ("", "-v2"),
+        ("hopper-medium-expert", "hopper-medium-expert-v2"),
+        ("hopper-mixed-v2", "hopper-medium-v2"),
+        ("hopper-medium-../x", "hopper-medium-v2"),
+        ("hopper-medium-\u00e9", "hopper-medium-v2"),
+    ],
+)
 def test_unknown_names_name_the_closest(name, close, capsys):
     with pytest.raises(SystemExit) as exit:
         stage2.parse_env(name)
@@ -163,8 +171,17 @@ def foreign_file(tmp_path, arrays, kind):
         path.write_bytes(path.read_bytes()[:-5000])
     elif kind == "half":
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    elif kind in ("no key", "group", "HDF5 link loop", "external link loop", "dangling link", "virtual", "external",
-                  "larger than memory", "larger than any memory"):  # fmt: skip
+    elif kind in (
+        "no key",
+        "group",
+        "HDF5 link loop",
+        "external link loop",
+        "dangling link",
+        "virtual",
+        "external",
+        "larger than memory",
+        "larger than any memory",
+    ):
         with h5py.File(path, "a") as f:
             del f["rewards"]
             if kind == "group":
@@ -188,18 +205,40 @@ def foreign_file(tmp_path, arrays, kind):
     return path
 
 
-@pytest.mark.parametrize("kind, says", [
-    ("missing", "No such file"), ("folder", "directory"), ("link to itself", "symbolic links"),
-    ("not HDF5", "signature not found"), ("truncated", "truncated"), ("half", "truncated"),
-    ("no key", "'rewards'"), ("group", "'rewards'"), ("HDF5 link loop", "many links"), ("external link loop", ""),
-    ("dangling link", "'rewards'"), ("virtual", "'rewards'"), ("external", "external raw data"), ("complex", "'rewards'"),
-    ("text", "'actions'"), ("compound", "'actions'"), ("one number", "observations"), ("no value", ""),
-    ("three-dimensional", "observations has shape"), ("other body", "observations has shape"),
-    ("lengths disagree", "actions has shape"), ("no rows", "no complete episode"), ("no episode", "no complete episode"),
-    ("nan", "observations has a NaN or infinite value, first in row 17"), ("nan flag", "timeouts has a NaN or infinite"),
-    ("infinite reward", "rewards has a NaN or infinite"), ("too large for float32", "rewards has a NaN or infinite"),
-    ("larger than memory", ""), ("larger than any memory", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, says",
+    [
+        ("missing", "No such file"),
+        ("folder", "directory"),
+        ("link to itself", "symbolic links"),
+        ("not HDF5", "signature not found"),
+        ("truncated", "truncated"),
+        ("half", "truncated"),
+        ("no key", "'rewards'"),
+        ("group", "'rewards'"),
+        ("HDF5 link loop", "many links"),
+        ("external link loop", ""),
+        ("dangling link", "'rewards'"),
+        ("virtual", "'rewards'"),
+        ("external", "external raw data"),
+        ("complex", "'rewards'"),
+        ("text", "'actions'"),
+        ("compound", "'actions'"),
+        ("one number", "observations"),
+        ("no value", ""),
+        ("three-dimensional", "observations has shape"),
+        ("other body", "observations has shape"),
+        ("lengths disagree", "actions has shape"),
+        ("no rows", "no complete episode"),
+        ("no episode", "no complete episode"),
+        ("nan", "observations has a NaN or infinite value, first in row 17"),
+        ("nan flag", "timeouts has a NaN or infinite"),
+        ("infinite reward", "rewards has a NaN or infinite"),
+        ("too large for float32", "rewards has a NaN or infinite"),
+        ("larger than memory", ""),
+        ("larger than any memory", ""),
+    ],
+)
 def test_impossible_data_is_one_line(kind, says, tmp_path, run_main, hopper_arrays):
     path = foreign_file(tmp_path, hopper_arrays, kind)
     code, out, err = run_main(stage1, *argv(path, tmp_path / "runs", *TINY1))

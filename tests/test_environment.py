@@ -126,7 +126,9 @@ def test_requirements_are_pinned(file):
     requirements = [Requirement(line) for line in lines if line]
     assert requirements and all([x.operator for x in r.specifier] == ["=="] for r in requirements)
     names = {r.name for r in requirements}
-    assert ("d4rl" in names) == ("oracle" in file) and (file != "requirements.txt" or {"torch", "imageio", "pytest"} < names)
+    assert ("d4rl" in names) == ("oracle" in file) and (
+        file != "requirements.txt" or {"torch", "imageio", "pytest"} < names
+    )
 
 
 def module(script: str):
@@ -159,7 +161,9 @@ def subprocess_help(path, cwd=None):
     return result.returncode, result.stdout, result.stderr
 
 
-ALONE = [pytest.param(s, marks=() if s in ("train_qalign_dt", "data/collect_dataset") else pytest.mark.slow) for s in STAGES]
+ALONE = [
+    pytest.param(s, marks=() if s in ("train_qalign_dt", "data/collect_dataset") else pytest.mark.slow) for s in STAGES
+]
 
 
 @pytest.mark.parametrize("script", ALONE)

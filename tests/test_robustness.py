@@ -1,6 +1,6 @@
 """What a user can do wrong and what a machine can do to a run: one line that says it, and no good file lost.
 
-Exit code 2 is a refusal, with nothing written; 1 an error of the system or of the numbers; 130 Ctrl-C (test_pipeline.py).
+Exit code 2 is a refusal, with nothing written, and 1 an error of the system or of the numbers.
 """
 
 import contextlib
@@ -16,13 +16,14 @@ import threading
 import time
 from pathlib import Path
 
-import evaluate_alignment as stage3
 import numpy as np
-import pretrain_q as stage1
 import pytest
 import torch
-import train_qalign_dt as stage2
 from conftest import ENV, ROOT, TINY1, TINY2, argv, tree
+
+import evaluate_alignment as stage3
+import pretrain_q as stage1
+import train_qalign_dt as stage2
 
 FOLDER1, FOLDER2 = f"{ENV}__pretrain_q__1", f"{ENV}__train_qalign_dt__1"
 DT = [*TINY2, "--lambda-e", "0"]  # needs no critic
@@ -155,7 +156,10 @@ def readers(pipeline, hopper_file, tmp_path):
     return {
         "critic": (stage2, [*own, "--critic", tmp_path / "runs" / FOLDER1 / "critic.pt"]),
         "resume": (stage2, [*own, "--eval-every", 15]),
-        "policy": (stage3, ["--checkpoint", tmp_path / "runs" / FOLDER2 / "policy.pt", "--rollouts", 1, "--device", "cpu"]),
+        "policy": (
+            stage3,
+            ["--checkpoint", tmp_path / "runs" / FOLDER2 / "policy.pt", "--rollouts", 1, "--device", "cpu"],
+        ),
     }
 
 
@@ -245,7 +249,9 @@ def test_whole_but_foreign_states_are_one_line(copy_of, pipeline, hopper_file, t
     changes += [{"counters": {k: x for k, x in counters.items() if k != key}} for key in counters]
     changes += [{"random": ()}, {"sums": torch.zeros(3)}]
     changes += [{"sums": torch.full_like(content["sums"], torch.nan)}]
-    changes += [{"policy": content["policy"] | {weight: x}} for x in (torch.zeros(3), torch.nan * content["policy"][weight])]
+    changes += [
+        {"policy": content["policy"] | {weight: x}} for x in (torch.zeros(3), torch.nan * content["policy"][weight])
+    ]
     changes += [{"actor_opt": {}}, {"critic": {}}]
     for change in changes:
         torch.save(content | change, path)
@@ -260,7 +266,9 @@ def test_foreign_states_of_stage_1_are_one_line(copy_of, pipeline, hopper_file, 
     path, resume = tmp_path / "runs" / FOLDER1 / "resume.pt", pipeline.critic.parent / "resume.pt"
     path.parent.mkdir(parents=True)
     content = load(resume)
-    changed = [content | {"counters": x} for x in ({}, {"step": 31, "rows": []}, {"step": 3})] + [content | {"critic": {}}]
+    changed = [content | {"counters": x} for x in ({}, {"step": 31, "rows": []}, {"step": 3})] + [
+        content | {"critic": {}}
+    ]
     for foreign in changed + [{k: x for k, x in content.items() if k != key} for key in content]:
         torch.save(foreign, path)
         assert_one_line(run_main(stage1, *argv(hopper_file, tmp_path / "runs", *TINY1)), 2, path)
@@ -271,7 +279,9 @@ def test_foreign_critics_are_one_line(copy_of, pipeline, hopper_file, tmp_path, 
     path = copy_of("critic")
     content = load(path)
     weight, config = next(iter(content["critic"])), content["config"]
-    changes = [{"critic": content["critic"] | {weight: x}} for x in (torch.zeros(3), torch.nan * content["critic"][weight])]
+    changes = [
+        {"critic": content["critic"] | {weight: x}} for x in (torch.zeros(3), torch.nan * content["critic"][weight])
+    ]
     changes += [{"config": config | {"gamma": torch.nan}}, {"config": {"data": config["data"]}}]
     without = [{k: x for k, x in content.items() if k != key} for key in ("critic", "config", "stage", "format")]
     for foreign in [content | change for change in changes] + without:
@@ -282,15 +292,27 @@ def test_foreign_critics_are_one_line(copy_of, pipeline, hopper_file, tmp_path, 
 
 
 def test_foreign_policies_are_one_line(copy_of, pipeline, hopper_file, tmp_path, run_main):
-    """policy.pt without any one of its keys, or of the configuration's that stage 3 reads; NaN weights; other shapes."""
+    """policy.pt without any one of the keys that stage 3 reads, with NaN weights, with other shapes."""
     stage, flags = readers(pipeline, hopper_file, tmp_path)["policy"]
     path = copy_of("policy")
     content = load(path)
     weight, config = next(iter(content["policy"])), content["config"]
-    changes = [{"policy": content["policy"] | {weight: x}} for x in (torch.zeros(3), torch.nan * content["policy"][weight])]
+    changes = [
+        {"policy": content["policy"] | {weight: x}} for x in (torch.zeros(3), torch.nan * content["policy"][weight])
+    ]
     changes += [{"config": config | {"embed_dim": 32}}, {"env": "x"}, {"data": {}}]
     changes += [{"episode_returns": torch.zeros(0)}]
-    read = ("embed_dim", "n_layer", "n_head", "context_len", "max_timestep", "conv", "critic_width", "gamma", "lambda_e")
+    read = (
+        "embed_dim",
+        "n_layer",
+        "n_head",
+        "context_len",
+        "max_timestep",
+        "conv",
+        "critic_width",
+        "gamma",
+        "lambda_e",
+    )
     changes += [{"config": {k: x for k, x in config.items() if k != key}} for key in (*read, "seed", "state_loss")]
     for change in changes:
         torch.save(content | change, path)
@@ -404,7 +426,9 @@ def test_no_room_at_the_start_is_one_line(stage, no_room, run_main, hopper_file,
 @BOTH
 def test_a_folder_in_the_way_of_a_file_is_one_line(stage, whole, run_main, hopper_file, tmp_path):
     flags = TINY1 if stage is stage1 else [*DT, "--eval-every", 15]
-    names = ["resume.pt", "metrics.csv", "tensorboard"] + (["critic.pt", "report.json"] if stage is stage1 else ["policy.pt"])
+    names = ["resume.pt", "metrics.csv", "tensorboard"] + (
+        ["critic.pt", "report.json"] if stage is stage1 else ["policy.pt"]
+    )
     for i, name in enumerate(names):
         folder = tmp_path / str(i) / (FOLDER1 if stage is stage1 else FOLDER2)
         folder.mkdir(parents=True)
@@ -529,7 +553,7 @@ def test_a_nan_in_the_last_update_is_no_result(stage, run_main, hopper_file, tmp
 
 
 def test_no_best_policy_is_saved_with_weights_that_are_not_finite(run_main, hopper_file, tmp_path, monkeypatch):
-    """An evaluation between two rows of metrics.csv, with a better score: the actions do not depend on the state head."""
+    """A better score between two rows of metrics.csv: the actions do not depend on the state head."""
     scores, real, calls = iter(range(100)), stage2.CoTraining.step, []
     monkeypatch.setattr(stage2, "evaluate", lambda policy, task, targets, *_: [float(next(scores))] * len(targets))
 
@@ -561,7 +585,12 @@ def test_a_learning_rate_far_too_high_never_saves_what_is_not_finite(stage, run_
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "x.pt"
     stage2.save_checkpoint(path, {"a": 1})
-    for name, error in (("fsync", KeyboardInterrupt), ("fsync", OSError), ("replace", OSError), ("replace", KeyboardInterrupt)):
+    for name, error in (
+        ("fsync", KeyboardInterrupt),
+        ("fsync", OSError),
+        ("replace", OSError),
+        ("replace", KeyboardInterrupt),
+    ):
 
         def fails(*args, error=error):
             raise error
@@ -588,11 +617,15 @@ def test_files_are_on_the_disk_before_they_get_their_name(tmp_path, monkeypatch)
 def test_sizes_that_no_memory_holds_are_one_line_before_stage_1_is_trained(hopper_file, tmp_path):
     """In a child whose memory is limited. Stage 2 tries its sizes before it starts stage 1."""
     large = [
-        ("pretrain_q", "--batch-size", 100_000_000), ("pretrain_q", "--critic-width", 1_000_000),
-        ("train_qalign_dt", "--embed-dim", 1_000_000), ("train_qalign_dt", "--embed-dim", 1_000_000_000),
-        ("train_qalign_dt", "--batch-size", 100_000_000), ("train_qalign_dt", "--batch-size", 1_000_000_000),
-        ("train_qalign_dt", "--context-len", 1_000_000), ("train_qalign_dt", "--critic-width", 1_000_000),
-    ]  # fmt: skip
+        ("pretrain_q", "--batch-size", 100_000_000),
+        ("pretrain_q", "--critic-width", 1_000_000),
+        ("train_qalign_dt", "--embed-dim", 1_000_000),
+        ("train_qalign_dt", "--embed-dim", 1_000_000_000),
+        ("train_qalign_dt", "--batch-size", 100_000_000),
+        ("train_qalign_dt", "--batch-size", 1_000_000_000),
+        ("train_qalign_dt", "--context-len", 1_000_000),
+        ("train_qalign_dt", "--critic-width", 1_000_000),
+    ]
     commands = []
     for i, (stage, flag, value) in enumerate(large):
         sizes = TINY1 if stage == "pretrain_q" else TINY2
@@ -619,7 +652,7 @@ for stage, argv in {commands!r}:
 
 
 def test_closed_streams_and_a_bad_renderer_stop_nothing(pipeline, hopper_file, tmp_path):
-    """With stdout and stderr closed stage 2 trains and evaluates; with a bad MUJOCO_GL stage 3 sweeps: neither renders."""
+    """Stage 2 with stdout and stderr closed, stage 3 with a bad MUJOCO_GL: neither renders."""
     flags = argv(hopper_file, tmp_path, *DT, "--total-steps", 2, "--eval-every", 1)
     command = [sys.executable, str(ROOT / "train_qalign_dt.py"), *flags]
     closed = subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command], timeout=300)
