@@ -317,7 +317,7 @@ def plot(records: dict[tuple[str, int], dict], title: str) -> bytes:
         axes.plot(x[:, 0], y.mean(axis=1), color=f"C{i}", linewidth=2.2, label=label)
     axes.plot(x[[0, -1], 0], x[[0, -1], 0], "--", color="0.5", label="achieved = target")
     axes.set(xlabel="target score (0: random, 100: expert)", ylabel="achieved score (thin: each seed, thick: mean)")
-    axes.set_title(title, fontsize="small")
+    axes.set_title(title, fontsize="x-small")
     axes.legend(fontsize="small")
     figure.savefig(picture, format="png", dpi=110)
     return picture.getvalue()
@@ -349,7 +349,7 @@ def summarise(study: str, args: Args, records: dict[tuple[str, int], dict], miss
     ]
     sheet = [["variant", "seed", *names], *([*key, *r["quantities"].values()] for key, r in records.items())]
     sheet = "".join(",".join("" if x is None else str(x) for x in row) + "\n" for row in sheet)
-    write_file(file.with_suffix(".png"), plot(records, f"{study}: {setting}"))
+    write_file(file.with_suffix(".png"), plot(records, f"{study}\n{setting}"))
     write_file(file.with_suffix(".csv"), sheet.encode())
     write_file(file, "\n".join(text).encode())
     print(f"{study}: {file}")

@@ -398,7 +398,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(stage, final, networks, whol
     flags, folders = whole
     command = argv(hopper_file, tmp_path, *flags[stage])
     folder = tmp_path / folders[stage].name
-    process = start(stage, *command, "--checkpoint-minutes", 0.001)
+    process = start(stage, *command, "--checkpoint-minutes", 0)
     wait_for((folder / "resume.pt").exists, process)
     step, goal = 0, 105 if stage is stage2 else 20  # stage 2: beyond the first row of metrics.csv
     while step < goal:
