@@ -203,7 +203,7 @@ def perform(run: Run, environment: dict, busy: set[Path]):
             busy.remove(folder)
         seconds[stage] = None if resumes and stage != "sweep" else round(time.monotonic() - start, 1)
         if code:
-            said = run.log.read_bytes()[end_of_log:].decode(errors="replace").replace("\r", "\n").strip() or "no output"
+            said = run.log.read_bytes()[end_of_log:].decode(errors="replace").strip() or "no output"
             raise ChildProcessError(f"{stage} ended with code {code}: {said.splitlines()[-1]} (log: {run.log})")
     record = dict(definition=run.definition, seconds=seconds, threads=environment["OMP_NUM_THREADS"], critic=None)
     record["commands"] = [shlex.join(["python", *command]) for _, command in run.stages.values()]

@@ -348,10 +348,11 @@ def test_rtg_range_is_the_datas_own_unless_the_data_is_d4rls(pipeline, tmp_path,
 # ---- kill, resume, refuse ----
 
 
-def start(stage, *flags, **options) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / f"{stage.__name__}.py"), *map(str, flags)]
+def start(stage, *flags) -> subprocess.Popen:
+    """The stage in a process of its own, with a row of metrics.csv every 10 steps."""
+    program = f"import {stage.__name__} as stage; stage.LOG_EVERY = 10; stage.run(stage.main)"
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, **pipes | options)
+    return subprocess.Popen([sys.executable, "-c", program, *map(str, flags)], cwd=ROOT, **pipes)
 
 
 def wait_for(condition, process, seconds=120):
@@ -376,13 +377,21 @@ def assert_same_run(a: Path, b: Path, final: str, networks: tuple[str, ...]) -> 
     assert all(torch.equal(x, y) for x, y in zip(ours["random"], theirs["random"]))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def a_row_every_10_steps():
+    with pytest.MonkeyPatch.context() as patch:
+        for stage in (stage1, stage2):
+            patch.setattr(stage, "LOG_EVERY", 10)
+        yield
+
+
 @pytest.fixture(scope="module")
 def whole(pipeline, run_main, hopper_file, tmp_path_factory):
     """Flags of a run of each stage, which tests below repeat with interruptions, and the folders of the whole runs."""
     runs, critic = tmp_path_factory.mktemp("whole"), ["--critic", pipeline.critic]
     flags = {
-        stage1: [*TINY1, "--total-steps", 600],
-        stage2: [*TINY2, *critic, "--total-steps", 220, "--eval-every", 110],
+        stage1: [*TINY1, "--total-steps", 95],
+        stage2: [*TINY2, *critic, "--total-steps", 95, "--eval-every", 40],
     }
     for stage in flags:
         assert run_main(stage, *argv(hopper_file, runs, *flags[stage]))[0] == 0
@@ -400,14 +409,12 @@ def test_killed_and_resumed_ends_with_the_same_bits(stage, final, networks, whol
     folder = tmp_path / folders[stage].name
     process = start(stage, *command, "--checkpoint-minutes", 0)
     wait_for((folder / "resume.pt").exists, process)
-    step, goal = 0, 105 if stage is stage2 else 20  # stage 2: beyond the first row of metrics.csv
-    while step < goal:
-        time.sleep(0.02)
-        step = step_of(folder / "resume.pt")
+    while step_of(folder / "resume.pt") < 12:
+        time.sleep(0.005)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     step = step_of(folder / "resume.pt")
-    assert goal <= step < 220 if stage is stage2 else step < 600
+    assert 12 <= step < 95
     (folder / "metrics.csv").write_bytes(b"\0torn,")  # no run reads it
     code, out, err = run_main(stage, *command)
     assert code == 0 and f"step {step:,}\n" in out, err
@@ -421,7 +428,7 @@ def test_killed_again_and_again_ends_with_the_same_bits(stage, whole, hopper_fil
     command = argv(hopper_file, tmp_path, *flags[stage], "--checkpoint-minutes", 0)
     rng, folder = np.random.default_rng(0), tmp_path / folders[stage].name
     for _ in range(6):
-        process = start(stage, *command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = start(stage, *command)
         before = (folder / "resume.pt").stat().st_mtime_ns if (folder / "resume.pt").exists() else 0
         while process.poll() is None:
             if (folder / "resume.pt").exists() and (folder / "resume.pt").stat().st_mtime_ns > before:
@@ -429,8 +436,10 @@ def test_killed_again_and_again_ends_with_the_same_bits(stage, whole, hopper_fil
                 break
             time.sleep(0.001)
         process.kill()
-        process.wait()
-    assert start(stage, *command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL).wait() == 0
+        process.communicate()
+    process = start(stage, *command)
+    process.communicate()
+    assert process.returncode == 0
     final, networks = ("critic.pt", ("critic",)) if stage is stage1 else ("policy.pt", ("policy", "critic"))
     assert_same_run(folders[stage], folder, final, networks)
 
@@ -525,12 +534,12 @@ def test_a_run_resumes_without_stage_1s_critic(whole, run_main, hopper_file, tmp
     folder = tmp_path / folders[stage2].name
     folder.mkdir()
     content = load(folders[stage2] / "resume.pt")
-    torch.save(content | {"counters": content["counters"] | {"step": 200}}, folder / "resume.pt")
+    torch.save(content | {"counters": content["counters"] | {"step": 80}}, folder / "resume.pt")
     monkeypatch.setattr(stage2, "stage_1", None)  # would raise if it were called
     flags = [x for x in flags[stage2] if x != "--critic" and "critic.pt" not in str(x)]
     code, out, err = run_main(stage2, *argv(hopper_file, tmp_path, *flags))
-    assert code == 0 and "step 200\n" in out, err
-    assert load(folder / "policy.pt")["step"] == 220
+    assert code == 0 and "step 80\n" in out, err
+    assert load(folder / "policy.pt")["step"] == 95
 
 
 def test_tensorboard_has_the_rows_of_the_tables(whole):

@@ -449,7 +449,7 @@ def test_bad_input_is_one_line_and_writes_nothing(flags, message, main, tmp_path
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(studies, "perform_all", None)
     file = tmp_path_factory.mktemp("other") / "file"
-    file.touch()
+    file.touch(0o777)
     argv = [word.replace("\t", " ").format(file=file) for word in flags.split(" ") if word]
     code, _, err = main(*argv, *([] if "--results-dir" in flags else ["--results-dir", "results"]))
     assert code == 2 and message.format(file=file) in err and len(err.splitlines()) == 1 and not os.listdir()
@@ -575,7 +575,8 @@ def test_finished_runs_are_tabulated_without_running_anything(main, tmp_path, mo
 def test_runs_of_other_data_or_length_are_not_put_into_one_table(main, tmp_path, monkeypatch):
     monkeypatch.setattr(studies, "ROOT", tmp_path)
     first, second = runs_of("spearman", replace(make_args(tmp_path), seeds=(1, 2)))
-    for change in ({"total_steps": 6000}, {"trained_on": {"label": "x", "is_d4rl": False, "digest": "4567"}}):
+    other_data = make_record(first)["alignment"]["trained_on"] | {"digest": "4567"}
+    for change in ({"total_steps": 6000}, {"trained_on": other_data}):
         write_record(first)
         write_record(second, make_record(second, **change))
         code, _, err = main("spearman", "--seeds", 1, 2, "--results-dir", "results")
