@@ -20,6 +20,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 import urllib.request
 import warnings
@@ -110,7 +111,7 @@ class MLP(nn.Module):
         x = x.reshape(-1, x.shape[-1]).expand(len(self.weights[0]), -1, -1)  # (n, rows, inputs)
         for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
             x = F.mish(torch.baddbmm(bias, x, weight))
-        return torch.baddbmm(self.biases[-1], x, self.weights[-1]).view(-1, *rows)
+        return torch.baddbmm(self.biases[-1], x, self.weights[-1]).view(len(x), *rows)
 
 
 # ======== end of shared: critic ========
@@ -272,15 +273,14 @@ def main() -> None:
     if not len(data.usable):
         fail(f"{dataset.label}: no transition with a successor or a terminal in it; the critic needs longer episodes")
 
-    with claim(folder):
+    with claim(folder) as stack:
         learner, sums = (
             Pretraining(task, data, args),
             torch.zeros(3, device=device),
         )  # since the last row of metrics.csv
         step, rows = 0, []  # of metrics.csv
         if state:
-            counters = restore(state, folder / "resume.pt", learner, sums, args.total_steps)
-            step, rows = counters["step"], counters["rows"]
+            step, rows = restore(state, folder / "resume.pt", learner, sums, args.total_steps, ("step", "rows"))
         print(f"{folder}: {dataset.label}, {len(data.usable):,} training transitions, {args.method}, step {step:,}")
         if args.warm_start_steps:
             print(f"the first {args.warm_start_steps:,} steps regress on discounted returns, unlike the paper's")
@@ -288,6 +288,7 @@ def main() -> None:
         bar = tqdm(
             total=args.total_steps, initial=step, unit="step", desc=f"critic ({args.method})", dynamic_ncols=True
         )
+        stack.enter_context(bar)
 
         def save() -> None:
             counters = dict(step=step, rows=rows)
@@ -306,7 +307,6 @@ def main() -> None:
             if time.monotonic() - saved > args.checkpoint_minutes * 60:
                 save()
                 saved = time.monotonic()
-        bar.close()
         save()
         result = report(learner)
         named = {"env": args.env, "data": dataset.summary(), "config": identity}
@@ -338,10 +338,13 @@ def one_line(error: BaseException) -> str:
 
 def run(main) -> None:
     """main(), where Ctrl-C (exit 130), NaN and errors of the system (exit 1: disk, memory, ...) are one line."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # None where it was closed
-        stream.reconfigure(line_buffering=True, errors="replace")
-        setattr(sys, name, stream)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:  # closed: to nowhere, for child processes as well
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            os.set_inheritable(number, True)
+            setattr(sys, name, open(number, "w"))
+        getattr(sys, name).reconfigure(line_buffering=True, errors="replace")
+    threading.excepthook = lambda _: None  # TensorBoard's writer: the next file that we write fails for the same reason
     try:
         main()
     except (KeyboardInterrupt, OSError, MemoryError, FloatingPointError, RuntimeError) as error:
@@ -409,7 +412,8 @@ def claim(folder: Path):
         with filelock.FileLock(folder / ".lock", timeout=0):
             for left in folder.glob("*.tmp"):
                 left.unlink()
-            yield
+            with contextlib.ExitStack() as stack:  # closes the progress bar before an error is printed
+                yield stack
     except filelock.Timeout:
         fail(f"{folder}: another process is writing this run; wait for it, or choose another --exp-name or --seed")
     except BaseException as error:
@@ -445,8 +449,8 @@ def save_resume(folder: Path, content: dict, learner, sums: torch.Tensor) -> Non
     save_checkpoint(folder / "resume.pt", content | {name: part.state_dict() for name, part in learner.parts.items()})
 
 
-def restore(content: dict, path: Path, learner, sums: torch.Tensor, total_steps: int) -> dict:
-    """The reverse of save_resume; returns the counters. Exits 2 on a state that cannot be of this run."""
+def restore(content: dict, path: Path, learner, sums: torch.Tensor, total_steps: int, names: tuple) -> list:
+    """The reverse of save_resume; returns the named counters. Exits 2 on a state that cannot be of this run."""
     try:
         for name, part in learner.parts.items():
             part.load_state_dict(content[name])
@@ -462,7 +466,7 @@ def restore(content: dict, path: Path, learner, sums: torch.Tensor, total_steps:
         check_finite(learner, sums, content["counters"]["step"])
         if content["counters"]["step"] not in range(total_steps + 1):
             raise ValueError(f"step {content['counters']['step']}")
-        return content["counters"]
+        return [content["counters"][name] for name in names]
     except (ArithmeticError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         fail(f"{path}: not a state of this run ({one_line(error)}); remove it to start anew")
 
@@ -613,7 +617,7 @@ def read_hdf5(path: Path, task: Task) -> list[np.ndarray]:
                 if not isinstance(f.get(key), h5py.Dataset) or f[key].is_virtual or f[key].dtype.kind not in "biuf":
                     fail(f"{path}: no array of numbers {key!r} in this file; D4RL's layout has {', '.join(keys)}")
             arrays = [np.asarray(f[key]) for key in keys]
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
         fail(f"{path}: {one_line(error)}; check --env and --dataset-path, or make it with data/collect_dataset.py")
     N = arrays[0].shape[0] if arrays[0].ndim else 0
     shapes = ((N, task.obs_dim), (N, task.act_dim), (N,), (N,), (N,))

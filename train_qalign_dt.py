@@ -26,6 +26,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 import warnings
@@ -99,7 +100,7 @@ class Args:
             raise ValueError("--no-state-loss is for a Decision Transformer: add --lambda-e 0")
         if self.embed_dim and self.n_head and self.embed_dim % self.n_head:
             raise ValueError(f"--embed-dim {self.embed_dim} is not a multiple of --n-head {self.n_head}")
-        if self.rtg_range and not self.rtg_range[0] < self.rtg_range[1]:
+        if self.rtg_range and self.rtg_range[0] > self.rtg_range[1]:
             raise ValueError(f"--rtg-range {self.rtg_range}: the first must be the smaller one")
 
 
@@ -275,7 +276,7 @@ class MLP(nn.Module):
         x = x.reshape(-1, x.shape[-1]).expand(len(self.weights[0]), -1, -1)  # (n, rows, inputs)
         for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
             x = F.mish(torch.baddbmm(bias, x, weight))
-        return torch.baddbmm(self.biases[-1], x, self.weights[-1]).view(-1, *rows)
+        return torch.baddbmm(self.biases[-1], x, self.weights[-1]).view(len(x), *rows)
 
 
 # ======== end of shared: critic ========
@@ -529,7 +530,7 @@ def main() -> None:
         config, critic_weights = stage_1(args, config, task, data, device)
     high_targets = task.high_targets if data.is_d4rl else (float(data.returns.max()), 1.2 * float(data.returns.max()))
 
-    with claim(folder):
+    with claim(folder) as stack:
         learner = CoTraining(task, Windows(data, task, config.context_len, device), config, critic_weights)
         train_step = learner.step
         if config.compile and device.type == "cuda":
@@ -537,14 +538,17 @@ def main() -> None:
         sums = torch.zeros(len(learner.metrics), device=device)  # of the metrics since the last row of metrics.csv
         step, best, rows, scores = 0, -math.inf, [], []  # of metrics.csv and of evaluations.csv
         if state:
-            counters = restore(state, folder / "resume.pt", learner, sums, config.total_steps)
-            step, best, rows, scores = (counters[name] for name in ("step", "best", "rows", "scores"))
-            config = learner.config = replace(config, gamma=counters["gamma"], q_scale=counters["q_scale"])
+            names = ("step", "best", "rows", "scores", "gamma", "q_scale")
+            counters = restore(state, folder / "resume.pt", learner, sums, config.total_steps, names)
+            step, best, rows, scores, gamma, q_scale = counters
+            config = learner.config = replace(config, gamma=gamma, q_scale=q_scale)
         print(f"{folder}: {data.label}, {len(data.rewards):,} transitions, {len(data.ends):,} episodes, step {step:,}")
         metrics, evaluations = Log(folder, "metrics", rows), Log(folder, "evaluations", scores)
         bar = tqdm(total=config.total_steps, initial=step, unit="step", desc="training", dynamic_ncols=True)
+        stack.enter_context(bar)
 
         def save_policy(name: str, **extra) -> None:  # all that later stages need
+            check_finite(learner, sums, step)
             content = dict(stage="train_qalign_dt", env=args.env, config=identity | {"gamma": config.gamma}, step=step)
             content |= dict(data=data.summary(), obs_mean=data.obs_mean, obs_std=data.obs_std)
             critic = learner.critic.state_dict() if config.lambda_e > 0 else None
@@ -583,9 +587,10 @@ def main() -> None:
             if time.monotonic() - saved > args.checkpoint_minutes * 60:
                 save()
                 saved = time.monotonic()
-        bar.close()
         save()
-    print(f"{folder}/policy.pt: {step:,} steps; policy_best.pt: score {best:.1f} at a high target return")
+    print(f"{folder}/policy.pt: {step:,} steps")
+    if scores:
+        print(f"{folder}/policy_best.pt: score {best:.1f} at a high target return")
 
 
 NOT_OF_THE_RUN = ("dataset_path", "runs_dir", "critic", "checkpoint_minutes", "gamma", "q_scale")  # of Config
@@ -608,10 +613,12 @@ def stage_1(args: Args, config: Config, task: "Task", data: "Dataset", device) -
         if content["config"]["data"] != data.digest:
             fail(f"{path}: a critic of other data ({content['data']['label']}); use that data, or another --runs-dir")
         MLP(2, task.obs_dim + task.act_dim, config.critic_width).load_state_dict(content["critic"])
+        if not all(weight.isfinite().all() for weight in content["critic"].values()):
+            raise ValueError("weights that are not finite")
         # AntMaze: the release divides Q by its mean |min Q| over the data, the scale that lambda_e = 100 belongs to
         q_scale = content["report"]["q_abs_mean"] if task.body == "antmaze" else 1.0
         return replace(config, gamma=content["config"]["gamma"], q_scale=q_scale), content["critic"]
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         fail(f"{path}: not a critic for this run ({one_line(error)}); check --critic-width, or train it again")
 
 
@@ -654,10 +661,13 @@ def one_line(error: BaseException) -> str:
 
 def run(main) -> None:
     """main(), where Ctrl-C (exit 130), NaN and errors of the system (exit 1: disk, memory, ...) are one line."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # None where it was closed
-        stream.reconfigure(line_buffering=True, errors="replace")
-        setattr(sys, name, stream)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:  # closed: to nowhere, for child processes as well
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            os.set_inheritable(number, True)
+            setattr(sys, name, open(number, "w"))
+        getattr(sys, name).reconfigure(line_buffering=True, errors="replace")
+    threading.excepthook = lambda _: None  # TensorBoard's writer: the next file that we write fails for the same reason
     try:
         main()
     except (KeyboardInterrupt, OSError, MemoryError, FloatingPointError, RuntimeError) as error:
@@ -725,7 +735,8 @@ def claim(folder: Path):
         with filelock.FileLock(folder / ".lock", timeout=0):
             for left in folder.glob("*.tmp"):
                 left.unlink()
-            yield
+            with contextlib.ExitStack() as stack:  # closes the progress bar before an error is printed
+                yield stack
     except filelock.Timeout:
         fail(f"{folder}: another process is writing this run; wait for it, or choose another --exp-name or --seed")
     except BaseException as error:
@@ -761,8 +772,8 @@ def save_resume(folder: Path, content: dict, learner, sums: torch.Tensor) -> Non
     save_checkpoint(folder / "resume.pt", content | {name: part.state_dict() for name, part in learner.parts.items()})
 
 
-def restore(content: dict, path: Path, learner, sums: torch.Tensor, total_steps: int) -> dict:
-    """The reverse of save_resume; returns the counters. Exits 2 on a state that cannot be of this run."""
+def restore(content: dict, path: Path, learner, sums: torch.Tensor, total_steps: int, names: tuple) -> list:
+    """The reverse of save_resume; returns the named counters. Exits 2 on a state that cannot be of this run."""
     try:
         for name, part in learner.parts.items():
             part.load_state_dict(content[name])
@@ -778,7 +789,7 @@ def restore(content: dict, path: Path, learner, sums: torch.Tensor, total_steps:
         check_finite(learner, sums, content["counters"]["step"])
         if content["counters"]["step"] not in range(total_steps + 1):
             raise ValueError(f"step {content['counters']['step']}")
-        return content["counters"]
+        return [content["counters"][name] for name in names]
     except (ArithmeticError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         fail(f"{path}: not a state of this run ({one_line(error)}); remove it to start anew")
 
@@ -929,7 +940,7 @@ def read_hdf5(path: Path, task: Task) -> list[np.ndarray]:
                 if not isinstance(f.get(key), h5py.Dataset) or f[key].is_virtual or f[key].dtype.kind not in "biuf":
                     fail(f"{path}: no array of numbers {key!r} in this file; D4RL's layout has {', '.join(keys)}")
             arrays = [np.asarray(f[key]) for key in keys]
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
         fail(f"{path}: {one_line(error)}; check --env and --dataset-path, or make it with data/collect_dataset.py")
     N = arrays[0].shape[0] if arrays[0].ndim else 0
     shapes = ((N, task.obs_dim), (N, task.act_dim), (N,), (N,), (N,))
@@ -983,8 +994,8 @@ def d4rl_file(task: Task) -> Path:
 
 def make_env(env_id: str):
     """Gymnasium's environment without its time limit, its known warnings, and MuJoCo's MUJOCO_LOG.TXT about them."""
-    if os.environ.get("MUJOCO_GL", "egl").lower() not in ("egl", "glfw", "osmesa", "cgl", "wgl", "disable", "off"):
-        del os.environ["MUJOCO_GL"]  # any other value would stop `import mujoco`
+    if "mujoco" not in sys.modules:  # make_renderer imports it first: nothing will be rendered, so look for no OpenGL
+        os.environ["MUJOCO_GL"] = "disable"
     import mujoco
 
     known = "'settotalmass' is deprecated"  # a remark on Gymnasium's half_cheetah.xml

@@ -21,6 +21,7 @@ import math
 import os
 import re
 import sys
+import threading
 import warnings
 import zipfile
 from dataclasses import dataclass
@@ -379,7 +380,9 @@ def load_policy(path: Path, precision: str, device: torch.device) -> Trained:
         policy = make_policy(task, config, use_bf16(precision, device))
         policy.load_state_dict(content["policy"])
         found = Trained(path, task, policy.to(device).eval(), content)
-        found.identity()
+        # a KeyError now, not after a sweep
+        _ = found.identity(), content["data"]["label"], content["data"]["is_d4rl"], content["obs_mean"]
+        _ = content["obs_std"], config["gamma"], config["critic_width"], config["context_len"]
         if not (len(content["episode_returns"]) and all(p.isfinite().all() for p in policy.parameters())):
             raise ValueError("weights that are not finite")
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -539,10 +542,13 @@ def one_line(error: BaseException) -> str:
 
 def run(main) -> None:
     """main(), where Ctrl-C (exit 130), NaN and errors of the system (exit 1: disk, memory, ...) are one line."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # None where it was closed
-        stream.reconfigure(line_buffering=True, errors="replace")
-        setattr(sys, name, stream)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:  # closed: to nowhere, for child processes as well
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            os.set_inheritable(number, True)
+            setattr(sys, name, open(number, "w"))
+        getattr(sys, name).reconfigure(line_buffering=True, errors="replace")
+    threading.excepthook = lambda _: None  # TensorBoard's writer: the next file that we write fails for the same reason
     try:
         main()
     except (KeyboardInterrupt, OSError, MemoryError, FloatingPointError, RuntimeError) as error:
@@ -663,8 +669,8 @@ def pick_device(name: str) -> torch.device:
 
 def make_env(env_id: str):
     """Gymnasium's environment without its time limit, its known warnings, and MuJoCo's MUJOCO_LOG.TXT about them."""
-    if os.environ.get("MUJOCO_GL", "egl").lower() not in ("egl", "glfw", "osmesa", "cgl", "wgl", "disable", "off"):
-        del os.environ["MUJOCO_GL"]  # any other value would stop `import mujoco`
+    if "mujoco" not in sys.modules:  # make_renderer imports it first: nothing will be rendered, so look for no OpenGL
+        os.environ["MUJOCO_GL"] = "disable"
     import mujoco
 
     known = "'settotalmass' is deprecated"  # a remark on Gymnasium's half_cheetah.xml
@@ -689,9 +695,9 @@ class Simulator:
     """
 
     def __init__(self, env_id: str, seeds):
-        from mujoco.batch import Batch
-
         self.env, self.body = make_env(env_id), BODY_IDS[env_id]
+        from mujoco.batch import Batch  # after make_env, which sees to a bad MUJOCO_GL
+
         self.model, self.frame_skip, self.dt = self.env.model, self.env.frame_skip, self.env.dt
         self.batch = Batch(self.model, len(seeds), nthread=torch.get_num_threads())
         self.qpos, self.qvel, self.ctrl, self.xpos = map(self.batch.bind, ("qpos", "qvel", "ctrl", "xpos"))

@@ -23,6 +23,7 @@ import os
 import re
 import shlex
 import sys
+import threading
 import warnings
 import zipfile
 import zlib
@@ -224,20 +225,21 @@ def main() -> None:
         fail(f"--out-dir {out_dir}: cannot write there; choose another")
     folder = Path(args.runs_dir) / f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}"
 
-    with claim(folder):
+    with claim(folder) as stack:
         learner = SAC(envs.obs.shape[1], envs.low, envs.high, args.seed)
         sums = torch.zeros(len(learner.metrics) + 1)  # of learner.step() since the last row of metrics.csv
-        counters = dict(step=0, rows=[], returns=[], checksum=0)  # rows: of metrics.csv; returns: of evaluations.csv
+        step, rows, returns, checksum = 0, [], [], 0  # rows: of metrics.csv; returns: of evaluations.csv
         if state := load_own(folder / "resume.pt", "collect_dataset", identity):
-            counters = restore(state, folder / "resume.pt", learner, sums, total_steps=10**9)
-        step, rows, returns = counters["step"], counters["rows"], counters["returns"]
+            names = ("step", "rows", "returns", "checksum")
+            step, rows, returns, checksum = restore(state, folder / "resume.pt", learner, sums, 10**9, names)
         replay = np.zeros(max(args.total_steps, step) + n, envs.row)
-        load_replay(folder / "replay.bin", replay[:step], counters["checksum"])
+        load_replay(folder / "replay.bin", replay[:step], checksum)
         if 0 < step < args.total_steps:
             envs.replay(replay[:step].reshape(-1, n))
         print(f"{folder}: SAC on {args.env_id}, {n} environments in lockstep, step {step:,} of {args.total_steps:,}")
         metrics, evaluations = Log(folder, "metrics", rows), Log(folder, "evaluations", returns)
         bar = tqdm(total=args.total_steps, initial=step, unit="step", desc=f"SAC {args.env_id}", dynamic_ncols=True)
+        stack.enter_context(bar)
 
         while True:
             if step % EVAL_EVERY < n and (not returns or returns[-1]["step"] < step):  # first the untrained policy
@@ -266,7 +268,6 @@ def main() -> None:
                 check_finite(learner, sums, step)
                 metrics.write({"step": step, **dict(zip(learner.metrics, (sums / sums[-1]).tolist()))})
                 sums.zero_()
-        bar.close()
 
         known = {row["step"]: row["return"] for row in returns if row["step"] < args.total_steps + n}
         policies, problems = choose_policies(known, args.medium_return), []  # as of --total-steps, if the run is longer
@@ -423,10 +424,13 @@ def one_line(error: BaseException) -> str:
 
 def run(main) -> None:
     """main(), where Ctrl-C (exit 130), NaN and errors of the system (exit 1: disk, memory, ...) are one line."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # None where it was closed
-        stream.reconfigure(line_buffering=True, errors="replace")
-        setattr(sys, name, stream)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:  # closed: to nowhere, for child processes as well
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            os.set_inheritable(number, True)
+            setattr(sys, name, open(number, "w"))
+        getattr(sys, name).reconfigure(line_buffering=True, errors="replace")
+    threading.excepthook = lambda _: None  # TensorBoard's writer: the next file that we write fails for the same reason
     try:
         main()
     except (KeyboardInterrupt, OSError, MemoryError, FloatingPointError, RuntimeError) as error:
@@ -494,7 +498,8 @@ def claim(folder: Path):
         with filelock.FileLock(folder / ".lock", timeout=0):
             for left in folder.glob("*.tmp"):
                 left.unlink()
-            yield
+            with contextlib.ExitStack() as stack:  # closes the progress bar before an error is printed
+                yield stack
     except filelock.Timeout:
         fail(f"{folder}: another process is writing this run; wait for it, or choose another --exp-name or --seed")
     except BaseException as error:
@@ -530,8 +535,8 @@ def save_resume(folder: Path, content: dict, learner, sums: torch.Tensor) -> Non
     save_checkpoint(folder / "resume.pt", content | {name: part.state_dict() for name, part in learner.parts.items()})
 
 
-def restore(content: dict, path: Path, learner, sums: torch.Tensor, total_steps: int) -> dict:
-    """The reverse of save_resume; returns the counters. Exits 2 on a state that cannot be of this run."""
+def restore(content: dict, path: Path, learner, sums: torch.Tensor, total_steps: int, names: tuple) -> list:
+    """The reverse of save_resume; returns the named counters. Exits 2 on a state that cannot be of this run."""
     try:
         for name, part in learner.parts.items():
             part.load_state_dict(content[name])
@@ -547,7 +552,7 @@ def restore(content: dict, path: Path, learner, sums: torch.Tensor, total_steps:
         check_finite(learner, sums, content["counters"]["step"])
         if content["counters"]["step"] not in range(total_steps + 1):
             raise ValueError(f"step {content['counters']['step']}")
-        return content["counters"]
+        return [content["counters"][name] for name in names]
     except (ArithmeticError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         fail(f"{path}: not a state of this run ({one_line(error)}); remove it to start anew")
 
@@ -582,8 +587,8 @@ class Log:
 
 def make_env(env_id: str):
     """Gymnasium's environment without its time limit, its known warnings, and MuJoCo's MUJOCO_LOG.TXT about them."""
-    if os.environ.get("MUJOCO_GL", "egl").lower() not in ("egl", "glfw", "osmesa", "cgl", "wgl", "disable", "off"):
-        del os.environ["MUJOCO_GL"]  # any other value would stop `import mujoco`
+    if "mujoco" not in sys.modules:  # make_renderer imports it first: nothing will be rendered, so look for no OpenGL
+        os.environ["MUJOCO_GL"] = "disable"
     import mujoco
 
     known = "'settotalmass' is deprecated"  # a remark on Gymnasium's half_cheetah.xml
