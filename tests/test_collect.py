@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 import warnings
 
 import collect_dataset as stage0
@@ -46,6 +47,13 @@ def collected(tmp_path_factory):
         code, out, err = collect(folder, *ALL)
     assert code == 0, err
     return folder, out
+
+
+@pytest.fixture
+def copy(collected, tmp_path):
+    """The finished run in a folder of the test's own."""
+    shutil.copytree(collected[0] / "runs", tmp_path / "runs")
+    return tmp_path
 
 
 @pytest.fixture
@@ -474,97 +482,103 @@ def equal(a, b):
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
-def assert_same_run(one, two, *qualities):
-    """Networks, optimisers, random streams, counters, replay buffer, logs and datasets, bit for bit."""
-    assert equal(resume_pt(one), resume_pt(two))
-    for file in ("replay.bin", "metrics.csv", "evaluations.csv"):
-        assert (one / RUN / file).read_bytes() == (two / RUN / file).read_bytes(), file
-    for quality in qualities:
-        name = "hopper-mini.hdf5" if quality == "mini" else f"hopper-{quality}-local.hdf5"
-        (a, _), (b, _) = read(one / "data" / name), read(two / "data" / name)
-        assert all((a[key] == b[key]).all() for key in a), name
-
-
-def test_killed_and_resumed_is_the_same_run(collected, tmp_path, monkeypatch):
-    """SIGKILL between two checkpoints, of the script copied away alone; its folder is where datasets go by default."""
-    whole, _ = collected
-    (tmp_path / "data").mkdir()
-    script = shutil.copy(stage0.__file__, tmp_path / "data")
-    code = f"""
+KILLED = """
 import os, sys
-sys.path[0] = {str(tmp_path / "data")!r}
+sys.path[0] = {folder!r}
 import collect_dataset as c
-vars(c).update({SMALL!r})
+vars(c).update({constants!r})
 real, calls = c.SAC.step, []
 def step(*args):
     calls.append(1)
-    return real(*args) if len(calls) < 250 else os.kill(os.getpid(), {int(signal.SIGKILL)})
+    return real(*args) if len(calls) < 250 else os.kill(os.getpid(), {signal})
 c.SAC.step = step
 c.run(c.main)
 """
-    flags = ["--total-steps", "600", "--transitions", "200", "--qualities", *ALL]
-    child = subprocess.run([sys.executable, "-c", code, *flags], cwd=tmp_path, capture_output=True, text=True)
-    assert child.returncode == -signal.SIGKILL, child.stderr
-    assert resume_pt(tmp_path)["counters"]["step"] == 200 and list((tmp_path / "data").glob("*.hdf5")) == []
-    with open(tmp_path / RUN / "replay.bin", "ab") as f:
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """The run of `collected`, killed at step 346 (the script copied away alone), then interrupted, short and long."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    (folder / "data").mkdir()
+    script = shutil.copy(stage0.__file__, folder / "data")
+    code = KILLED.format(folder=str(folder / "data"), constants=SMALL, signal=int(signal.SIGKILL))
+    flags = ["--transitions", "200", "--qualities", "random", "--total-steps"]
+    child = subprocess.run([sys.executable, "-c", code, *flags, "600"], cwd=folder, capture_output=True, text=True)
+    killed = child, resume_pt(folder)["counters"]["step"], list((folder / "data").glob("*.hdf5"))
+    with open(folder / RUN / "replay.bin", "ab") as f:
         f.write(b"rows that a killed process wrote after its last checkpoint, half of one")
-    monkeypatch.setattr(stage0, "__file__", script)
-    code, out, err = call(stage0, *flags)
-    assert code == 0 and "step 200 of 600" in out, err
-    assert_same_run(whole, tmp_path, *ALL)
-
-
-def test_ctrl_c_loses_what_is_newer_than_the_checkpoint_and_says_so(collected, tmp_path, monkeypatch):
-    """Here between an evaluation and its checkpoint: the evaluation is made again, and listed once."""
-    whole, _ = collected
     real = stage0.save_resume
 
-    def interrupted(folder, content, *rest):
-        if content["counters"]["step"] == 200:
+    def ctrl_c(folder, content, *rest):
+        if content["counters"]["step"] == 400:
             raise KeyboardInterrupt
         real(folder, content, *rest)
 
-    monkeypatch.setattr(stage0, "save_resume", interrupted)
-    one_line(collect(tmp_path, "random"), 130, "interrupted", "resume.pt is the last good state", "continues")
-    assert resume_pt(tmp_path)["counters"]["step"] == 0 and "\n200," in (tmp_path / RUN / "evaluations.csv").read_text()
-    monkeypatch.setattr(stage0, "save_resume", real)
-    assert collect(tmp_path, "random", total=400)[0] == 0
-    lines = (whole / RUN / "evaluations.csv").read_text().splitlines()
-    assert (tmp_path / RUN / "evaluations.csv").read_text().splitlines() == lines[:4]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (SMALL | {"__file__": script}).items():
+            patch.setattr(stage0, name, value)
+        patch.chdir(folder)
+        patch.setattr(stage0, "save_resume", ctrl_c)
+        stopped = call(stage0, *flags, 600), resume_pt(folder), (folder / RUN / "evaluations.csv").read_text()
+        patch.setattr(stage0, "save_resume", real)
+        short, long = (
+            call(stage0, *flags, 400),
+            call(stage0, "--qualities", *ALL, "--transitions", 200, "--total-steps", 600),
+        )
+    return types.SimpleNamespace(folder=folder, killed=killed, stopped=stopped, short=short, long=long)
 
 
-def test_a_longer_run_continues_and_a_shorter_one_chooses_among_its_first_policies(collected, tmp_path):
-    """Files are refused where a level has moved, never overwritten."""
-    whole, _ = collected
-    assert collect(tmp_path, "random", "expert", total=400)[0] == 0
-    code, out, err = collect(tmp_path, "random", "mini")
+def test_a_killed_run_resumes_at_its_last_checkpoint(interrupted):
+    child, step, datasets = interrupted.killed
+    assert (child.returncode, step, datasets) == (-signal.SIGKILL, 200, []), child.stderr
+    assert "step 200 of 600" in interrupted.stopped[0][1]
+
+
+def test_ctrl_c_loses_what_is_newer_than_the_checkpoint_and_says_so(interrupted):
+    """Here an evaluation, which is made again, and listed once."""
+    result, state, evaluations = interrupted.stopped
+    one_line(result, 130, "interrupted", "resume.pt is the last good state", "the same command continues")
+    assert state["counters"]["step"] == 200 and evaluations.splitlines()[-1].startswith("400,")
+    assert interrupted.short[0] == 0 and "step 200 of 400" in interrupted.short[1]
+
+
+def test_a_finished_run_continues_where_total_steps_is_raised(interrupted):
+    code, out, err = interrupted.long
     assert code == 0 and "step 400 of 600" in out and "hopper-random-local.hdf5 is there already" in out, err
-    assert_same_run(whole, tmp_path, "random", "mini")
-    code, out, err = collect(tmp_path, "expert", total=400)  # the best of 400 steps, though there are 600 by now
-    assert code == 0 and "is there already" in out, err
-    before = (tmp_path / "data/hopper-mini.hdf5").read_bytes()
-    one_line(collect(tmp_path, "mini", total=400), 2, "was made otherwise (policy_step [0, 200, 400, 600] there")
-    assert (tmp_path / "data/hopper-mini.hdf5").read_bytes() == before
+
+
+def test_a_run_in_pieces_is_the_same_run(collected, interrupted):
+    """Networks, optimisers, random streams, counters, replay buffer, logs and datasets, bit for bit."""
+    one, two = collected[0], interrupted.folder
+    assert equal(resume_pt(one), resume_pt(two))
+    for file in ("replay.bin", "metrics.csv", "evaluations.csv"):
+        assert (one / RUN / file).read_bytes() == (two / RUN / file).read_bytes(), file
+    for path in (one / "data").iterdir():  # by default datasets go to the script's folder
+        (a, _), (b, _) = read(path), read(two / "data" / path.name)
+        assert all((a[key] == b[key]).all() for key in a), path.name
+
+
+def test_less_steps_choose_among_the_first_policies_and_nothing_is_overwritten(copy):
+    code, out, err = collect(copy, "mini", total=400)
+    path = copy / "data/hopper-mini.hdf5"
+    assert code == 0 and read(path)[1]["policy_step"].tolist() == [0, 200, 400], err
+    before = path.read_bytes()
+    one_line(collect(copy, "mini"), 2, "was made otherwise (policy_step [0, 200, 400] there, [0, 200, 400, 600] here")
+    assert path.read_bytes() == before
 
 
 def test_a_nan_stops_the_training_and_keeps_the_last_good_state(tmp_path, monkeypatch):
-    real, calls = stage0.SAC.step, []
+    calls = []
     monkeypatch.setattr(
-        stage0.SAC, "step", lambda *args: real(*args) * (float("nan") if calls.append(1) or len(calls) > 150 else 1)
+        stage0.SAC, "step", lambda *_: calls.append(1) or torch.full((5,), 1.0 if len(calls) < 150 else float("nan"))
     )
     one_line(collect(tmp_path, "random"), 1, "NaN", "resume.pt is the last good state")
-    state = resume_pt(tmp_path)
-    assert state["counters"]["step"] == 200 and all(x.isfinite().all() for x in state["actor"].values())
+    assert resume_pt(tmp_path)["counters"]["step"] == 200 and len(calls) < 250
     assert "nan" not in (tmp_path / RUN / "metrics.csv").read_text()
 
 
 # ---- refusals ----
-
-
-@pytest.fixture
-def copy(collected, tmp_path):
-    shutil.copytree(collected[0] / "runs", tmp_path / "runs")
-    return tmp_path
 
 
 @pytest.mark.parametrize("damage", ["cut short", "one bit", "missing"])
