@@ -19,7 +19,7 @@ from conftest import ROOT, call
 import evaluate_alignment as stage3
 import pretrain_q as stage1
 
-SMALL = dict(START=96, EVAL_EVERY=200, LOG_EVERY=100, WIDTH=16, BATCH=16, EVAL_EPISODES=2, HORIZON=50, MINI_POOL=3)
+SMALL = dict(START=48, EVAL_EVERY=96, LOG_EVERY=48, WIDTH=16, BATCH=16, EVAL_EPISODES=2, HORIZON=50, MINI_POOL=3)
 ALL = ("random", "medium-replay", "medium", "expert", "medium-expert", "mini")
 RUN = "runs/Hopper-v4__collect_dataset__1"
 
@@ -31,9 +31,10 @@ def small(monkeypatch, tmp_path):
         monkeypatch.setattr(stage0, name, value)
 
 
-def collect(folder, *qualities, total=600, **flags):
+def collect(folder, *qualities, total=288, **flags):
     """A small run on Hopper in `folder`: exit code, stdout, stderr."""
-    flags = {"out-dir": folder / "data", "runs-dir": folder / "runs", "transitions": 200, "total-steps": total} | flags
+    flags = {"num-envs": 4, "transitions": 200, "total-steps": total} | flags
+    flags = {"out-dir": folder / "data", "runs-dir": folder / "runs"} | flags
     return call(stage0, *(x for name, value in flags.items() for x in (f"--{name}", value)), "--qualities", *qualities)
 
 
@@ -295,10 +296,10 @@ def test_main_makes_one_gradient_step_per_environment_step_after_the_first_and_l
         return torch.tensor([len(sizes), 0.0, 0.0, 0.5, 1.0])
 
     monkeypatch.setattr(stage0.SAC, "step", step)
-    code, _, err = collect(tmp_path, "random", total=296)
-    assert code == 0 and sizes == [step for step in range(104, 297, 8) for _ in range(8)], err
+    code, _, err = collect(tmp_path, "random", total=144)
+    assert code == 0 and sizes == [step for step in range(52, 145, 4) for _ in range(4)], err
     rows = (tmp_path / RUN / "metrics.csv").read_text().splitlines()
-    assert rows == ["step,q_loss,actor_loss,q_mean,alpha", "104,4.5,0,0,0.5", "200,56.5,0,0,0.5"]
+    assert rows == ["step,q_loss,actor_loss,q_mean,alpha", "96,24.5,0,0,0.5", "144,72.5,0,0,0.5"]
 
 
 # ---- what is recorded ----
@@ -374,10 +375,10 @@ def test_spread_evenly_takes_from_every_bin_in_turn(monkeypatch):
 def test_every_quality_is_written_and_the_other_stages_read_it_by_its_name(collected):
     folder, out = collected
     evaluations = [line.split(",") for line in (folder / RUN / "evaluations.csv").read_text().split()]
-    assert evaluations[0] == ["step", "return"] and [k for k, _ in evaluations[1:]] == ["0", "200", "400", "600"]
+    assert evaluations[0] == ["step", "return"] and [k for k, _ in evaluations[1:]] == ["0", "96", "192", "288"]
     metrics = [line.split(",") for line in (folder / RUN / "metrics.csv").read_text().split()]
     assert metrics[0] == ["step", "q_loss", "actor_loss", "q_mean", "alpha"]
-    assert [row[0] for row in metrics[1:]] == ["104", "200", "304", "400", "504", "600"]
+    assert [row[0] for row in metrics[1:]] == ["96", "144", "192", "240", "288"]
     assert 0 < float(metrics[-1][-1]) < 1 and any((folder / RUN / "tensorboard").rglob("events*"))
     assert len(out.splitlines()) == 1 + 2 * len(ALL)
     rows = {}
@@ -394,11 +395,11 @@ def test_every_quality_is_written_and_the_other_stages_read_it_by_its_name(colle
         assert ends[-1] == N and not (data["terminals"] & data["timeouts"]).any()
         assert attributes.pop("command").startswith("python data/collect_dataset.py --out-dir")
         steps, returns = attributes.pop("policy_step").tolist(), attributes.pop("policy_return").tolist()
-        expected = dict(env_id="Hopper-v4", seed=1, num_envs=8, exp_name="collect_dataset", quality=quality)
+        expected = dict(env_id="Hopper-v4", seed=1, num_envs=4, exp_name="collect_dataset", quality=quality)
         expected |= dict(gymnasium=gymnasium.__version__, mujoco="4.0.0")
         assert attributes == expected | ({} if quality == "medium-replay" else {"transitions": 200})
         assert returns == pytest.approx([float(r) for k in steps for s, r in evaluations[1:] if int(s) == k], rel=1e-4)
-        assert {"random": [0], "mini": [0, 200, 400, 600]}.get(quality, steps) == steps
+        assert {"random": [0], "mini": [0, 96, 192, 288]}.get(quality, steps) == steps
         found = np.add.reduceat(data["rewards"], np.append(0, ends[:-1]))
         assert f"{path.name}: {N:,} transitions, {len(ends):,} episodes, mean return {found.mean():.0f}" in out
         assert " ".join(map(str, np.histogram(found, 10)[0])) in out
@@ -440,27 +441,27 @@ def test_mini_records_a_multiple_of_what_it_keeps_spread_over_all_policies(colle
     )
     monkeypatch.setattr(stage0, "spread_evenly", lambda rows, transitions: (rows, transitions))
     actor, args = stage0.Actor(11, -np.ones(3, np.float32), np.ones(3, np.float32)), stage0.Args(transitions=250)
-    rows, kept = stage0.collect("mini", [0, 200, 400, 600], None, collected[0] / RUN, actor, args)
-    assert pool == [(0, 188), (200, 188), (400, 188), (600, 188)] and len(rows) == 4 and kept == 250  # 3 * 250 / 4
+    rows, kept = stage0.collect("mini", [0, 96, 192, 288], None, collected[0] / RUN, actor, args)
+    assert pool == [(0, 188), (96, 188), (192, 188), (288, 188)] and len(rows) == 4 and kept == 250  # 3 * 250 / 4
 
 
 def test_medium_replay_is_the_buffer_up_to_the_medium_policy(collected):
     folder, _ = collected
     data, attributes = read(folder / "data/hopper-medium-replay-local.hdf5")
     buffer = np.fromfile(folder / RUN / "replay.bin", stage0.Episodes("Hopper-v4", 1, 0).row)
-    assert len(buffer) == 600
+    assert len(buffer) == 288
     early = buffer[: attributes["policy_step"][0]]
     ended = early["terminals"] | early["timeouts"]
     whole = [early[early["episode"] == k] for k in np.unique(early["episode"][ended])]
     for key in data:
         assert (data[key] == np.concatenate([rows[key] for rows in whole])).all()
     generator = torch.Generator().manual_seed(1)  # the first START steps are uniformly random
-    uniform = np.concatenate([torch.rand(8, 3, generator=generator).numpy() for _ in range(12)])
-    assert (buffer["actions"][:96] == 2 * uniform - 1).all()
+    uniform = np.concatenate([torch.rand(4, 3, generator=generator).numpy() for _ in range(12)])
+    assert (buffer["actions"][:48] == 2 * uniform - 1).all()
 
 
 def test_any_environment_of_vectors_is_collected(tmp_path, untrained):
-    code, _, err = collect(tmp_path, "random", "medium", total=300, **{"env-id": "InvertedPendulum-v5", "num-envs": 3})
+    code, _, err = collect(tmp_path, "random", "medium", total=144, **{"env-id": "InvertedPendulum-v5", "num-envs": 3})
     assert code == 0, err
     data, _ = read(tmp_path / "data/invertedpendulum_v5-random-local.hdf5")
     assert data["observations"].shape[1] == 4 and 1 < np.abs(data["actions"]).max() <= 3  # its bounds
@@ -490,7 +491,7 @@ vars(c).update({constants!r})
 real, calls = c.SAC.step, []
 def step(*args):
     calls.append(1)
-    return real(*args) if len(calls) < 250 else os.kill(os.getpid(), {signal})
+    return real(*args) if len(calls) < 120 else os.kill(os.getpid(), {signal})
 c.SAC.step = step
 c.run(c.main)
 """
@@ -498,20 +499,20 @@ c.run(c.main)
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory):
-    """The run of `collected`, killed at step 346 (the script copied away alone), then interrupted, short and long."""
+    """The run of `collected`, killed at step 168 (the script copied away alone), then interrupted, short and long."""
     folder = tmp_path_factory.mktemp("interrupted")
     (folder / "data").mkdir()
     script = shutil.copy(stage0.__file__, folder / "data")
     code = KILLED.format(folder=str(folder / "data"), constants=SMALL, signal=int(signal.SIGKILL))
-    flags = ["--transitions", "200", "--qualities", "random", "--total-steps"]
-    child = subprocess.run([sys.executable, "-c", code, *flags, "600"], cwd=folder, capture_output=True, text=True)
+    flags = ["--num-envs", "4", "--transitions", "200", "--qualities", "random", "--total-steps"]
+    child = subprocess.run([sys.executable, "-c", code, *flags, "288"], cwd=folder, capture_output=True, text=True)
     killed = child, resume_pt(folder)["counters"]["step"], list((folder / "data").glob("*.hdf5"))
     with open(folder / RUN / "replay.bin", "ab") as f:
         f.write(b"rows that a killed process wrote after its last checkpoint, half of one")
     real = stage0.save_resume
 
     def ctrl_c(folder, content, *rest):
-        if content["counters"]["step"] == 400:
+        if content["counters"]["step"] == 192:
             raise KeyboardInterrupt
         real(folder, content, *rest)
 
@@ -520,32 +521,29 @@ def interrupted(tmp_path_factory):
             patch.setattr(stage0, name, value)
         patch.chdir(folder)
         patch.setattr(stage0, "save_resume", ctrl_c)
-        stopped = call(stage0, *flags, 600), resume_pt(folder), (folder / RUN / "evaluations.csv").read_text()
+        stopped = call(stage0, *flags, 288), resume_pt(folder), (folder / RUN / "evaluations.csv").read_text()
         patch.setattr(stage0, "save_resume", real)
-        short, long = (
-            call(stage0, *flags, 400),
-            call(stage0, "--qualities", *ALL, "--transitions", 200, "--total-steps", 600),
-        )
+        short, long = call(stage0, *flags, 192), call(stage0, "--qualities", *ALL, *flags[:4], "--total-steps", 288)
     return types.SimpleNamespace(folder=folder, killed=killed, stopped=stopped, short=short, long=long)
 
 
 def test_a_killed_run_resumes_at_its_last_checkpoint(interrupted):
     child, step, datasets = interrupted.killed
-    assert (child.returncode, step, datasets) == (-signal.SIGKILL, 200, []), child.stderr
-    assert "step 200 of 600" in interrupted.stopped[0][1]
+    assert (child.returncode, step, datasets) == (-signal.SIGKILL, 96, []), child.stderr
+    assert "step 96 of 288" in interrupted.stopped[0][1]
 
 
 def test_ctrl_c_loses_what_is_newer_than_the_checkpoint_and_says_so(interrupted):
     """Here an evaluation, which is made again, and listed once."""
     result, state, evaluations = interrupted.stopped
     one_line(result, 130, "interrupted", "resume.pt is the last good state", "the same command continues")
-    assert state["counters"]["step"] == 200 and evaluations.splitlines()[-1].startswith("400,")
-    assert interrupted.short[0] == 0 and "step 200 of 400" in interrupted.short[1]
+    assert state["counters"]["step"] == 96 and evaluations.splitlines()[-1].startswith("192,")
+    assert interrupted.short[0] == 0 and "step 96 of 192" in interrupted.short[1]
 
 
 def test_a_finished_run_continues_where_total_steps_is_raised(interrupted):
     code, out, err = interrupted.long
-    assert code == 0 and "step 400 of 600" in out and "hopper-random-local.hdf5 is there already" in out, err
+    assert code == 0 and "step 192 of 288" in out and "hopper-random-local.hdf5 is there already" in out, err
 
 
 def test_a_run_in_pieces_is_the_same_run(collected, interrupted):
@@ -560,21 +558,24 @@ def test_a_run_in_pieces_is_the_same_run(collected, interrupted):
 
 
 def test_less_steps_choose_among_the_first_policies_and_nothing_is_overwritten(copy):
-    code, out, err = collect(copy, "mini", total=400)
+    code, out, err = collect(copy, "mini", total=192)
     path = copy / "data/hopper-mini.hdf5"
-    assert code == 0 and read(path)[1]["policy_step"].tolist() == [0, 200, 400], err
+    assert code == 0 and read(path)[1]["policy_step"].tolist() == [0, 96, 192], err
     before = path.read_bytes()
-    one_line(collect(copy, "mini"), 2, "was made otherwise (policy_step [0, 200, 400] there, [0, 200, 400, 600] here")
+    one_line(collect(copy, "mini"), 2, "was made otherwise (policy_step [0, 96, 192] there, [0, 96, 192, 288] here")
     assert path.read_bytes() == before
 
 
 def test_a_nan_stops_the_training_and_keeps_the_last_good_state(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        stage0.SAC, "step", lambda *_: calls.append(1) or torch.full((5,), 1.0 if len(calls) < 150 else float("nan"))
-    )
+
+    def step(*_):
+        calls.append(1)
+        return torch.tensor([1.0, 1.0, 1.0, 1.0 if len(calls) < 60 else float("nan"), 1.0])
+
+    monkeypatch.setattr(stage0.SAC, "step", step)
     one_line(collect(tmp_path, "random"), 1, "NaN", "resume.pt is the last good state")
-    assert resume_pt(tmp_path)["counters"]["step"] == 200 and len(calls) < 250
+    assert resume_pt(tmp_path)["counters"]["step"] == 96 and len(calls) == 96  # seen at step 144, with the next row
     assert "nan" not in (tmp_path / RUN / "metrics.csv").read_text()
 
 
@@ -592,12 +593,12 @@ def test_a_damaged_replay_file_is_recognised(copy, damage):
         os.truncate(path, len(content) - 1)
     else:
         path.unlink()
-    one_line(collect(copy, "mini"), 2, "replay.bin: damaged", "600 transitions", "remove")
+    one_line(collect(copy, "mini"), 2, "replay.bin: damaged", "288 transitions", "remove")
     assert not list((copy / "data").iterdir())
 
 
 def test_a_run_folder_of_other_content_is_refused(copy):
-    one_line(collect(copy, "mini", **{"num-envs": 4}), 2, "resume.pt is of another run (num_envs 8 there, 4 here)")
+    one_line(collect(copy, "mini", **{"num-envs": 8}), 2, "resume.pt is of another run (num_envs 4 there, 8 here)")
     with stage0.claim(copy / RUN):
         one_line(collect(copy, "mini"), 2, "another process is writing this run")
     (copy / RUN / "policy_0.pt").write_bytes(b"not a policy")
@@ -636,9 +637,7 @@ def test_bad_arguments(tmp_path, collected, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda *_: False)  # a folder that cannot be written to: root writes everywhere
         one_line(collect(tmp_path, "random"), 2, "--out-dir", "cannot write there")
-    of_tyro = (
-        "--total-steps 295, --transitions 0, --num-envs 0, --num-envs 101, --seed -1, --qualities, --exp-name ../x"
-    )
+    of_tyro = "--total-steps 143, --transitions 0, --num-envs 0, --num-envs 49, --seed -1, --qualities, --exp-name ../x"
     for flags in [*of_tyro.split(", "), "--medium-return nan"]:
         code, out, err = call(stage0, "--out-dir", tmp_path / "new", *flags.split())
         assert (code, out) == (2, "") and flags.split()[0] in err and "Traceback" not in err, (flags, err)
@@ -656,11 +655,11 @@ def test_a_buffer_larger_than_memory_is_one_line(tmp_path, monkeypatch):
 
 
 def test_steps_that_the_environments_do_not_divide_and_files_without_an_episode(tmp_path, untrained):
-    """7 environments pass 400 steps at 406: that policy counts. Reacher's 50 steps do not fit into 203 / 7."""
-    code, _, err = collect(tmp_path, "mini", total=400, **{"num-envs": 7})
-    assert code == 0 and read(tmp_path / "data/hopper-mini.hdf5")[1]["policy_step"].tolist() == [0, 203, 406], err
+    """7 environments pass 192 steps at 196: that policy counts. Reacher's 50 steps do not fit into 98 / 7."""
+    code, _, err = collect(tmp_path, "mini", total=192, **{"num-envs": 7})
+    assert code == 0 and read(tmp_path / "data/hopper-mini.hdf5")[1]["policy_step"].tolist() == [0, 98, 196], err
     flags = {"env-id": "Reacher-v5", "num-envs": 7, "transitions": 10}
-    result = collect(tmp_path, "medium-replay", "mini", "expert", total=300, **flags)
+    result = collect(tmp_path, "medium-replay", "mini", "expert", total=144, **flags)
     one_line(result, 1, "reacher_v5-medium-replay-local.hdf5: no whole", "reacher_v5-mini.hdf5: no whole episode")
     assert [path.name for path in (tmp_path / "data").glob("reacher*")] == ["reacher_v5-expert-local.hdf5"]
 
