@@ -182,8 +182,8 @@ def start_up(device: torch.device, folder: str) -> dict:
 def memory(device: torch.device, folder: str) -> dict:
     """Bytes, with a file of 2,000,000 transitions.
 
-    Its arrays; what reading it and laying it out adds to the host's peak (Linux's VmHWM); on CUDA also the device's peak
-    in training steps at paper size.
+    Its arrays; what reading it and laying it out adds to the host's peak (Linux's VmHWM); on CUDA also the device's
+    peak in training steps at paper size.
     """
     n, rng, path = 2_000_000, np.random.default_rng(0), Path(folder) / "two_million.hdf5"
     with h5py.File(path, "w") as f:
