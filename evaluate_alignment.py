@@ -5,17 +5,20 @@
 Conditions a trained policy on every return from the dataset's lowest to its highest in steps of 100, rolls each target
 out --rollouts times, and reports the alignment error, Eq. 8: the root mean square, over the targets, of (mean achieved
 score - target score). Writes alignment.json, .csv and .png beside the checkpoint.
---trajectories adds the forward velocity against the target and over time (Figures 3 and 4), --video a GIF.
+--trajectories adds the forward velocity against the target and over time (Figures 3 and 4), --percentiles the error
+that RADT's authors report, --video a GIF. Policies of baselines/ are evaluated in the same way.
 """
 
 import ctypes
 import difflib
+import importlib.util
 import io
 import json
 import math
 import os
 import re
 import sys
+import time
 import warnings
 import zipfile
 from dataclasses import dataclass
@@ -53,6 +56,9 @@ class Args:
     rollouts: int | None = None  # episodes per target return (default: 30; --high-targets: 50; AntMaze: 100)
     # distance between two target returns, raw; 12 evenly spaced targets where this gives fewer
     target_step: float = 100.0
+    # also the mean absolute error of seven targets, evenly spaced from the 5th to the 95th percentile of the data's
+    # returns (RADT's protocol), the number of parameters, and the time per action
+    percentiles: bool = False
     # also write the forward velocity against the target, and over time for five of the targets
     trajectories: bool = False
     # only write the policy for torch.export.load to this file (.pt2): from raw numbers to an action, any batch size
@@ -62,8 +68,9 @@ class Args:
 
     def __post_init__(self):
         check_args(self, {"rollouts": 1, "target_step": 1, "video": -1e9})
-        if self.high_targets and self.trajectories:
-            raise ValueError("--trajectories needs the whole sweep: leave out --high-targets")
+        for name in ("trajectories", "percentiles"):
+            if self.high_targets and getattr(self, name):
+                raise ValueError(f"--{name} needs the whole sweep: leave out --high-targets")
 
 
 # ======== shared: policy ========
@@ -287,6 +294,30 @@ def alignment_rmse(scores: np.ndarray, target_scores: np.ndarray) -> float:
     return float(np.sqrt(np.mean((scores - target_scores) ** 2)))
 
 
+def percentile_targets(returns: np.ndarray) -> np.ndarray:
+    """RADT's seven target returns (raw)."""
+    return np.linspace(*np.percentile(returns, (5, 95)), 7)
+
+
+def absolute_error(achieved, targets, returns_range: float) -> tuple[float, float]:
+    """RADT's error: mean over the targets of |mean return - target| (raw), and that divided by a range of returns."""
+    error = float(np.abs(np.asarray(achieved) - np.asarray(targets)).mean())
+    return error, error / returns_range
+
+
+@torch.no_grad()
+def seconds_per_action(trained: "Trained", repeats: int = 20) -> float:
+    """Median time of one action for one window, on the policy's device (s)."""
+    K, task, device = trained.content["config"]["context_len"], trained.task, next(trained.policy.parameters()).device
+    rtg, obs, act = (torch.zeros(1, K, *size, device=device) for size in ((), (task.obs_dim,), (task.act_dim,)))
+    timestep, times = torch.arange(K, device=device)[None], []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        trained.policy.act(rtg, obs, act, timestep, timestep >= 0).cpu()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
 def roll_out(trained: "Trained", targets, rollouts: int, seed: int) -> tuple[list[dict], "Rollouts"]:
     """Every target `rollouts` times, all as one batch: a row of means per target, and the rollouts themselves."""
     task, every_target = trained.task, np.repeat(targets, rollouts)
@@ -304,13 +335,15 @@ def roll_out(trained: "Trained", targets, rollouts: int, seed: int) -> tuple[lis
     return rows, result
 
 
-def sweep(trained: "Trained", targets: np.ndarray, high_targets, rollouts: int, seed: int) -> tuple[dict, np.ndarray]:
+def sweep(
+    trained: "Trained", targets: np.ndarray, high_targets, rollouts: int, seed: int, percentiles=()
+) -> tuple[dict, np.ndarray]:
     """The record that alignment.json holds, and the forward velocity of every step (targets, rollouts, horizon) in m/s,
     NaN after a rollout's end.
     """
     task, critic = trained.task, load_critic(trained)
-    rows, result = roll_out(trained, np.concatenate([targets, high_targets]), rollouts, seed)
-    rows, high_rows = rows[: len(targets)], rows[len(targets) :]
+    every_row, result = roll_out(trained, np.concatenate([targets, high_targets, percentiles]), rollouts, seed)
+    rows, others = every_row[: len(targets)], every_row[len(targets) :]
     scores, target_scores = (np.array([row[k] for row in rows]) for k in ("score_mean", "target_score"))
     record = trained.identity() | {
         "alignment_rmse": alignment_rmse(scores, target_scores),
@@ -324,8 +357,16 @@ def sweep(trained: "Trained", targets: np.ndarray, high_targets, rollouts: int, 
         discounted = np.nansum(result.rewards * discounts, axis=1)
         record["spearman_q_vs_return"] = rank_correlation(q, result.returns[: len(q)])
         record["spearman_q_vs_discounted_return"] = rank_correlation(q, discounted[: len(q)])
+    record |= {"high_targets": others[: len(high_targets)], "sweep": rows}
+    if len(percentiles):
+        record["percentiles"] = others[len(high_targets) :]
+        achieved = [row["return_mean"] for row in record["percentiles"]]
+        errors = absolute_error(achieved, percentiles, percentiles[-1] - percentiles[0])
+        record |= dict(zip(("absolute_error", "absolute_error_of_range"), errors))
+        record["parameters"] = sum(weight.numel() for weight in trained.policy.parameters())
+        record["seconds_per_action"] = seconds_per_action(trained)
     velocities = result.velocities.reshape(-1, rollouts, task.horizon)[: len(targets)]
-    return record | {"high_targets": high_rows, "sweep": rows}, velocities
+    return record, velocities
 
 
 def behaviour(record: dict, velocities: np.ndarray, handful: int = 5) -> list[dict]:
@@ -442,20 +483,21 @@ def main() -> None:
 
     data, returns = trained.content["data"], trained.content["episode_returns"].numpy()
     high_only = args.high_targets or task.body == "antmaze"
-    if high_only and args.trajectories:
-        fail("--trajectories: an AntMaze has no RTG sweep")
+    if high_only and (args.trajectories or args.percentiles):
+        fail("--trajectories, --percentiles: an AntMaze has no RTG sweep")
     rollouts = args.rollouts or (100 if task.body == "antmaze" else 50 if high_only else 30)
     targets, high_targets = target_returns(returns, args.target_step), task.targets(data["is_d4rl"], returns.max())
     if high_only:
         rows = [roll_out(one, high_targets, rollouts, args.seed)[0] for one in policies]
         records = [one.identity() | {"high_targets": rows[i]} for i, one in enumerate(policies)]
     else:
-        sweeps = [sweep(one, targets, high_targets, rollouts, args.seed) for one in policies]
+        percentiles = percentile_targets(returns) if args.percentiles else ()
+        sweeps = [sweep(one, targets, high_targets, rollouts, args.seed, percentiles) for one in policies]
         records = [record for record, _ in sweeps]
     setting = {"rollouts": rollouts, "episode_seed": args.seed, "device": device.type}
     rows = []
     for record in records:
-        for kind in ("high_targets",) if high_only else ("sweep", "high_targets"):
+        for kind in [kind for kind in ("sweep", "high_targets", "percentiles") if kind in record]:
             which = {"checkpoint": record["checkpoint"], "seed": record["seed"], "kind": kind}
             rows += [which | row for row in record[kind]]
     title = f"{data['label']}\n{rollouts} rollouts per target"
@@ -465,6 +507,10 @@ def main() -> None:
     for record in records:
         high = (f"{row['score_mean']:.1f} at target {row['target_return']:g}" for row in record["high_targets"])
         error = "" if high_only else f"alignment RMSE {record['alignment_rmse']:.2f}, "
+        if args.percentiles:
+            error += (
+                f"absolute error {record['absolute_error']:.0f} ({record['absolute_error_of_range']:.1%} of range), "
+            )
         print(f"{record['checkpoint']}: {error}score {', '.join(high)}")
     print(f"{data['label']}: {stem}.json, .csv{'' if high_only else ', .png'}")
     if args.trajectories:
@@ -485,8 +531,11 @@ def main() -> None:
 # ======== shared: results ========
 
 
+BASELINES = ("train_radt",)  # the scripts in baselines/ whose policies can be rolled out, too
+
+
 class Trained(NamedTuple):
-    """One of stage 2's checkpoints, ready to roll out."""
+    """A policy.pt of stage 2 or of a baseline, ready to roll out."""
 
     path: Path
     task: "Task"
@@ -497,8 +546,8 @@ class Trained(NamedTuple):
         """What result files say of a checkpoint."""
         config, step = self.content["config"], self.content["step"]
         names = ("seed", "total_steps", "lambda_e", "max_push", "alignment", "conv", "state_loss")
-        names = {name: config[name] for name in names}
-        method = method_of(config["lambda_e"], config["conv"], config["state_loss"])
+        names = {name: config[name] for name in names[: 2 if "method" in config else None]}
+        method = config.get("method") or method_of(config["lambda_e"], config["conv"], config["state_loss"])
         trained_on = {"env": self.task.name, "trained_on": self.content["data"]}
         return {"checkpoint": str(self.path), "method": method, "step": step} | trained_on | names
 
@@ -512,21 +561,22 @@ def method_of(lambda_e: float, conv: bool, state_loss: bool) -> str:
 
 def label_of(record: dict) -> str:
     best = ", best checkpoint" if Path(record["checkpoint"]).name == "policy_best.pt" else ""
-    limit = f", max_push {record['max_push']:g}" if record["lambda_e"] and record["max_push"] else ""
+    limit = f", max_push {record['max_push']:g}" if record.get("lambda_e") and record["max_push"] else ""
     return f"{record['method']}, seed {record['seed']}{limit}{best}"
 
 
 def load_policy(path: Path, precision: str, device: torch.device) -> Trained:
-    """Read a stage 2 checkpoint; exits 2 if it is anything else."""
-    content = load_checkpoint(path, "train_qalign_dt")
+    """Read a checkpoint of stage 2 or of a baseline; exits 2 if it is anything else."""
+    content = load_checkpoint(path, "train_qalign_dt", *BASELINES)
+    make = make_policy if content["stage"] == "train_qalign_dt" else baseline(content["stage"]).make_policy
     try:
         task, config = parse_env(content["env"]), content["config"]
-        policy = make_policy(task, config, use_bf16(precision, device))
+        policy = make(task, config, use_bf16(precision, device))
         policy.load_state_dict(content["policy"])
         found = Trained(path, task, policy.to(device).eval(), content)
         # a KeyError now, not after a sweep
         _ = found.identity(), content["data"]["label"], content["data"]["is_d4rl"], content["obs_mean"]
-        _ = content["obs_std"], config["gamma"], config["critic_width"], config["context_len"]
+        _ = content["obs_std"], config["context_len"], content["critic"] and (config["gamma"], config["critic_width"])
         if not (len(content["episode_returns"]) and all(p.isfinite().all() for p in policy.parameters())):
             raise ValueError("weights that are not finite")
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -534,6 +584,17 @@ def load_policy(path: Path, precision: str, device: torch.device) -> Trained:
     if content["step"] < config["total_steps"]:
         print(f"note: {path} is at step {content['step']:,} of {config['total_steps']:,}")
     return found
+
+
+def baseline(name: str):
+    """The module baselines/<name>.py, for a name of BASELINES."""
+    script = Path(__file__).resolve().parent / "baselines" / f"{name}.py"
+    if not script.is_file():
+        fail(f"{script} is missing; the policy's network is defined there")
+    spec = importlib.util.spec_from_file_location(name, script)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def new_figure(*shape, **options):
@@ -655,20 +716,21 @@ def write_file(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: Path, stage: str) -> dict:
-    """Read a checkpoint of one stage onto the CPU, without unpickling; exits 2 on anything else."""
+def load_checkpoint(path: Path, *stages: str) -> dict:
+    """Read a checkpoint of one of the stages onto the CPU, without unpickling; exits 2 on anything else."""
     try:
         with open(path, "rb") as f, warnings.catch_warnings(action="ignore"):  # torch warns about foreign pickles
             if zipfile.ZipFile(f).testzip():  # torch itself does not verify the checksums
                 raise ValueError("damaged")
             content = torch.load(path, map_location="cpu", weights_only=True)
-            if content["stage"] != stage or content["format"] != FORMAT:
-                fail(f"{path}: of {content['stage']}.py in format {content['format']}, not of {stage}.py in {FORMAT}")
+            if content["stage"] not in stages or content["format"] != FORMAT:
+                theirs, ours = (f"{content['stage']}.py in format {content['format']}", f"{stages[0]}.py in {FORMAT}")
+                fail(f"{path}: of {theirs}, not of {ours}")
             return content
     except OSError as error:
         fail(f"{path}: {error.strerror or one_line(error)}")
     except Exception:  # zipfile and torch raise a dozen kinds for truncated, foreign and pickled files
-        fail(f"{path}: damaged, or not a checkpoint of {stage}.py")
+        fail(f"{path}: damaged, or not a checkpoint of {stages[0]}.py")
 
 
 # ======== end of shared: setup ========

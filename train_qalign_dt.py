@@ -294,6 +294,9 @@ class MLP(nn.Module):
 # ======== end of shared: critic ========
 
 
+# ======== shared: windows ========
+
+
 class Batch(NamedTuple):
     """B windows of K steps, left-padded: all zero where not valid. The first five are the policy's inputs."""
 
@@ -321,8 +324,11 @@ class Windows:
         self.timestep = torch.as_tensor(np.arange(len(self.rtg)) - np.repeat(data.starts, data.lengths)).to(device)
 
     def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
-        """Windows [i, min(i + K, end of the episode)), i uniform over all transitions."""
-        start = torch.randint(len(self.rtg), (batch_size, 1), generator=generator, device=self.rtg.device)
+        """Windows that start at transitions drawn uniformly."""
+        return self.at(torch.randint(len(self.rtg), (batch_size, 1), generator=generator, device=self.rtg.device))
+
+    def at(self, start: torch.Tensor) -> Batch:
+        """Windows [i, min(i + K, end of the episode)) for the transitions i of start (B, 1)."""
         padding = self.K - torch.clamp(self.end[start] - start, max=self.K)  # (B, 1)
         valid = self.offsets >= padding  # (B, K)
         index = torch.where(valid, start + self.offsets - padding, start)
@@ -337,6 +343,9 @@ class Windows:
 def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean of x over the positions where mask is True (0 if there is none)."""
     return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+# ======== end of shared: windows ========
 
 
 def shift_rtg(batch: Batch, shift, rtg_range):
@@ -729,20 +738,21 @@ def write_file(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: Path, stage: str) -> dict:
-    """Read a checkpoint of one stage onto the CPU, without unpickling; exits 2 on anything else."""
+def load_checkpoint(path: Path, *stages: str) -> dict:
+    """Read a checkpoint of one of the stages onto the CPU, without unpickling; exits 2 on anything else."""
     try:
         with open(path, "rb") as f, warnings.catch_warnings(action="ignore"):  # torch warns about foreign pickles
             if zipfile.ZipFile(f).testzip():  # torch itself does not verify the checksums
                 raise ValueError("damaged")
             content = torch.load(path, map_location="cpu", weights_only=True)
-            if content["stage"] != stage or content["format"] != FORMAT:
-                fail(f"{path}: of {content['stage']}.py in format {content['format']}, not of {stage}.py in {FORMAT}")
+            if content["stage"] not in stages or content["format"] != FORMAT:
+                theirs, ours = (f"{content['stage']}.py in format {content['format']}", f"{stages[0]}.py in {FORMAT}")
+                fail(f"{path}: of {theirs}, not of {ours}")
             return content
     except OSError as error:
         fail(f"{path}: {error.strerror or one_line(error)}")
     except Exception:  # zipfile and torch raise a dozen kinds for truncated, foreign and pickled files
-        fail(f"{path}: damaged, or not a checkpoint of {stage}.py")
+        fail(f"{path}: damaged, or not a checkpoint of {stages[0]}.py")
 
 
 # ======== end of shared: setup ========
@@ -999,7 +1009,8 @@ class Dataset:
 def read_dataset(task: Task, dataset_path: tuple[str, ...]) -> Dataset:
     """The data of a task: --dataset-path, data/<env>.hdf5, or D4RL's (downloaded once); exits 2 on impossible data."""
     is_d4rl = not dataset_path and task.tag == "v2"
-    own = Path(__file__).resolve().parent / "data" / f"{task.name}.hdf5"
+    here = Path(__file__).resolve().parent
+    own = (here.parent if here.name == "baselines" else here) / "data" / f"{task.name}.hdf5"
     if "/" in task.name and not dataset_path:
         own = minari_file(task)
     paths = [Path(p) for p in dataset_path] or [d4rl_file(task) if is_d4rl else own]

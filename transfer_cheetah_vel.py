@@ -16,6 +16,7 @@ velocity, and the return of standing still. --video adds a GIF.
 
 import ctypes
 import difflib
+import importlib.util
 import io
 import json
 import math
@@ -404,8 +405,11 @@ def main() -> None:
 # ======== shared: results ========
 
 
+BASELINES = ("train_radt",)  # the scripts in baselines/ whose policies can be rolled out, too
+
+
 class Trained(NamedTuple):
-    """One of stage 2's checkpoints, ready to roll out."""
+    """A policy.pt of stage 2 or of a baseline, ready to roll out."""
 
     path: Path
     task: "Task"
@@ -416,8 +420,8 @@ class Trained(NamedTuple):
         """What result files say of a checkpoint."""
         config, step = self.content["config"], self.content["step"]
         names = ("seed", "total_steps", "lambda_e", "max_push", "alignment", "conv", "state_loss")
-        names = {name: config[name] for name in names}
-        method = method_of(config["lambda_e"], config["conv"], config["state_loss"])
+        names = {name: config[name] for name in names[: 2 if "method" in config else None]}
+        method = config.get("method") or method_of(config["lambda_e"], config["conv"], config["state_loss"])
         trained_on = {"env": self.task.name, "trained_on": self.content["data"]}
         return {"checkpoint": str(self.path), "method": method, "step": step} | trained_on | names
 
@@ -431,21 +435,22 @@ def method_of(lambda_e: float, conv: bool, state_loss: bool) -> str:
 
 def label_of(record: dict) -> str:
     best = ", best checkpoint" if Path(record["checkpoint"]).name == "policy_best.pt" else ""
-    limit = f", max_push {record['max_push']:g}" if record["lambda_e"] and record["max_push"] else ""
+    limit = f", max_push {record['max_push']:g}" if record.get("lambda_e") and record["max_push"] else ""
     return f"{record['method']}, seed {record['seed']}{limit}{best}"
 
 
 def load_policy(path: Path, precision: str, device: torch.device) -> Trained:
-    """Read a stage 2 checkpoint; exits 2 if it is anything else."""
-    content = load_checkpoint(path, "train_qalign_dt")
+    """Read a checkpoint of stage 2 or of a baseline; exits 2 if it is anything else."""
+    content = load_checkpoint(path, "train_qalign_dt", *BASELINES)
+    make = make_policy if content["stage"] == "train_qalign_dt" else baseline(content["stage"]).make_policy
     try:
         task, config = parse_env(content["env"]), content["config"]
-        policy = make_policy(task, config, use_bf16(precision, device))
+        policy = make(task, config, use_bf16(precision, device))
         policy.load_state_dict(content["policy"])
         found = Trained(path, task, policy.to(device).eval(), content)
         # a KeyError now, not after a sweep
         _ = found.identity(), content["data"]["label"], content["data"]["is_d4rl"], content["obs_mean"]
-        _ = content["obs_std"], config["gamma"], config["critic_width"], config["context_len"]
+        _ = content["obs_std"], config["context_len"], content["critic"] and (config["gamma"], config["critic_width"])
         if not (len(content["episode_returns"]) and all(p.isfinite().all() for p in policy.parameters())):
             raise ValueError("weights that are not finite")
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -453,6 +458,17 @@ def load_policy(path: Path, precision: str, device: torch.device) -> Trained:
     if content["step"] < config["total_steps"]:
         print(f"note: {path} is at step {content['step']:,} of {config['total_steps']:,}")
     return found
+
+
+def baseline(name: str):
+    """The module baselines/<name>.py, for a name of BASELINES."""
+    script = Path(__file__).resolve().parent / "baselines" / f"{name}.py"
+    if not script.is_file():
+        fail(f"{script} is missing; the policy's network is defined there")
+    spec = importlib.util.spec_from_file_location(name, script)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def new_figure(*shape, **options):
@@ -574,20 +590,21 @@ def write_file(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: Path, stage: str) -> dict:
-    """Read a checkpoint of one stage onto the CPU, without unpickling; exits 2 on anything else."""
+def load_checkpoint(path: Path, *stages: str) -> dict:
+    """Read a checkpoint of one of the stages onto the CPU, without unpickling; exits 2 on anything else."""
     try:
         with open(path, "rb") as f, warnings.catch_warnings(action="ignore"):  # torch warns about foreign pickles
             if zipfile.ZipFile(f).testzip():  # torch itself does not verify the checksums
                 raise ValueError("damaged")
             content = torch.load(path, map_location="cpu", weights_only=True)
-            if content["stage"] != stage or content["format"] != FORMAT:
-                fail(f"{path}: of {content['stage']}.py in format {content['format']}, not of {stage}.py in {FORMAT}")
+            if content["stage"] not in stages or content["format"] != FORMAT:
+                theirs, ours = (f"{content['stage']}.py in format {content['format']}", f"{stages[0]}.py in {FORMAT}")
+                fail(f"{path}: of {theirs}, not of {ours}")
             return content
     except OSError as error:
         fail(f"{path}: {error.strerror or one_line(error)}")
     except Exception:  # zipfile and torch raise a dozen kinds for truncated, foreign and pickled files
-        fail(f"{path}: damaged, or not a checkpoint of {stage}.py")
+        fail(f"{path}: damaged, or not a checkpoint of {stages[0]}.py")
 
 
 # ======== end of shared: setup ========

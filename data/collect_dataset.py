@@ -514,20 +514,21 @@ def write_file(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: Path, stage: str) -> dict:
-    """Read a checkpoint of one stage onto the CPU, without unpickling; exits 2 on anything else."""
+def load_checkpoint(path: Path, *stages: str) -> dict:
+    """Read a checkpoint of one of the stages onto the CPU, without unpickling; exits 2 on anything else."""
     try:
         with open(path, "rb") as f, warnings.catch_warnings(action="ignore"):  # torch warns about foreign pickles
             if zipfile.ZipFile(f).testzip():  # torch itself does not verify the checksums
                 raise ValueError("damaged")
             content = torch.load(path, map_location="cpu", weights_only=True)
-            if content["stage"] != stage or content["format"] != FORMAT:
-                fail(f"{path}: of {content['stage']}.py in format {content['format']}, not of {stage}.py in {FORMAT}")
+            if content["stage"] not in stages or content["format"] != FORMAT:
+                theirs, ours = (f"{content['stage']}.py in format {content['format']}", f"{stages[0]}.py in {FORMAT}")
+                fail(f"{path}: of {theirs}, not of {ours}")
             return content
     except OSError as error:
         fail(f"{path}: {error.strerror or one_line(error)}")
     except Exception:  # zipfile and torch raise a dozen kinds for truncated, foreign and pickled files
-        fail(f"{path}: damaged, or not a checkpoint of {stage}.py")
+        fail(f"{path}: damaged, or not a checkpoint of {stages[0]}.py")
 
 
 # ======== end of shared: setup ========

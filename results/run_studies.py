@@ -28,7 +28,6 @@ import tyro
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent  # where the stage scripts are
-STAGE_2 = ROOT / "train_qalign_dt.py"
 
 
 class Variant(NamedTuple):
@@ -50,12 +49,15 @@ CLAIMS = {
     "lambda": "without the alignment loss the score is low; above some lambda_e it hardly depends on it (Table E.14)",
     "push": "not the paper's: a limit on the alignment loss's gradient makes up for the choice of lambda_e",
     "time": "a DT that trains as long as Q-Align DT does not catch up (small preset: three times its 5,000 steps)",
+    "neighbours": "not this paper's: which method follows the target return; RADT: 44.6% less absolute error than a DT",
+    "radt": "RADT's: SeqRA and StepRA each beat a DT, both together are best, alpha helps",
+    "radt_tuning": "three learning rates of RADT",
     "noise": "noise on the target critic is tolerated (Table E.13)",
     "discount": "it does no harm that Q is discounted and the target return is not (App. D.2)",
     "spearman": "Q ranks realised returns (Table E.19)",
 }
-SEEDS = dict.fromkeys(CLAIMS, (1, 2)) | dict.fromkeys(("components", "spearman", "time"), (1, 2, 3))
-SEEDS |= {"lambda": (1,), "push": (1,)}
+SEEDS = dict.fromkeys(CLAIMS, (1, 2)) | dict.fromkeys(("lambda", "push", "radt_tuning"), (1,))
+SEEDS |= dict.fromkeys(("components", "spearman", "time", "neighbours", "radt"), (1, 2, 3))
 Q_ALIGN = Variant("Q-Align DT", "train_qalign_dt")
 DT_STATE = Variant("DT + state loss", "dt_state", "--lambda-e 0 --no-conv", critic=None)
 DT_ALIGNMENT = Variant("DT + state loss + alignment", "dt_alignment", "--no-conv")
@@ -65,6 +67,14 @@ LAMBDAS = [Variant(f"lambda_e {x}", f"lambda_{x}", f"--lambda-e {x}") for x in (
 PUSHES = [Variant(f"max_push {x}", f"max_push_{x}", f"--max-push {x}") for x in (0, 0.1, 1)]
 DT = Variant("DT", "dt", "--lambda-e 0 --no-conv --no-state-loss", critic=None)
 DT_LONG = Variant("DT, 15,000 steps", "dt_15000", DT.flags + " --total-steps 15000", critic=None)
+RADT = Variant("RADT", "train_radt", "", "baselines/train_radt.py", None)
+RADTS = [
+    RADT._replace(label="RADT, SeqRA only", exp_name="radt_seqra", flags="--no-stepra"),
+    RADT._replace(label="RADT, StepRA only", exp_name="radt_stepra", flags="--no-seqra"),
+    RADT._replace(label="RADT, without alpha", exp_name="radt_no_alpha", flags="--no-alpha"),
+    RADT._replace(label="DT in RADT's setting", exp_name="radt_dt", flags="--no-seqra --no-stepra --rtg-tokens"),
+]
+RADT_RATES = [RADT._replace(label=f"RADT, lr {x}", exp_name=f"radt_lr_{x}", flags=f"--lr {x}") for x in (3e-4, 3e-3)]
 GAMMA = Variant("gamma 0.997", "gamma_0.997", critic="pretrain_q_gamma_0.997", critic_flags="--gamma 0.997")
 STUDIES = {
     "components": [Q_ALIGN, DT, DT_STATE, DT_STATE_CONV, DT_ALIGNMENT],
@@ -74,6 +84,9 @@ STUDIES = {
     "lambda": [Q_ALIGN, DT_STATE_CONV, *LAMBDAS],
     "push": [Q_ALIGN, *PUSHES, Variant("max_push 0, lambda_e 0.02", "papers_0.02", "--max-push 0 --lambda-e 0.02")],
     "time": [Q_ALIGN, DT, DT_STATE_CONV, DT_LONG],
+    "neighbours": [Q_ALIGN, DT, RADT],
+    "radt": [RADT, *RADTS],
+    "radt_tuning": [RADT, *RADT_RATES],
     "noise": [Q_ALIGN, *(Variant(f"sigma_n {x}", f"noise_{x}", f"--q-noise {x}") for x in (1, 10, 50))],
     "discount": [Q_ALIGN, GAMMA],  # at one lambda_e, although Q, and with it Eq. 5's penalty, is larger at 0.997
     "spearman": [Q_ALIGN],
@@ -82,7 +95,7 @@ STUDIES = {
 
 @dataclass(frozen=True)
 class Args:
-    # components, critic, loss, sigma, lambda, push, time, noise, discount or spearman; shared runs are run once
+    # names of STUDIES: components, lambda, time, neighbours, ...; runs that several share are run once
     studies: tyro.conf.Positional[tuple[str, ...]]
     env: str = "hopper-mini"  # the dataset, as in the stages
     dataset_path: tuple[str, ...] = ()  # its HDF5 file(s), as in the stages
@@ -115,7 +128,7 @@ class Run:
         own_data = ["--dataset-path", *args.dataset_path] if args.dataset_path else []
         train = [variant.script, *shlex.split(train_flags), *own, *own_data, "--exp-name", variant.exp_name]
         sweep = ["evaluate_alignment.py", *own, "--checkpoint", str(folder / "policy.pt")]
-        sweep += ["--rollouts", str(args.rollouts), "--target-step", str(args.target_step)]
+        sweep += ["--rollouts", str(args.rollouts), "--target-step", str(args.target_step), "--percentiles"]
         self.stages = {"training": (folder, train), "sweep": (folder, sweep)}  # name -> folder; script and flags
         if variant.critic:
             pretrain = ["pretrain_q.py", *shlex.split(critic_flags), *own, *own_data, "--exp-name", variant.critic]
@@ -125,7 +138,9 @@ class Run:
         self.record_file = Path(args.results_dir) / "records" / f"{self.name}.json"
         self.definition = dict(run=self.name, data=data, flags=variant.flags, train_flags=args.train_flags)
         self.definition |= dict(critic_flags=critic_flags.strip(), rollouts=args.rollouts, target_step=args.target_step)
-        self.definition["presets"] = re.findall(r"^(?:SMALL|OTHER_DATA) = .*", STAGE_2.read_text(), re.M)
+        self.definition["presets"] = re.findall(
+            r"^(?:SMALL|OTHER_DATA) = .*", (ROOT / variant.script).read_text(), re.M
+        )
 
 
 def read_record(run: Run) -> dict | None:
@@ -159,7 +174,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 def check(runs: list[Run], args: Args) -> None:
     """Exits 2 on what would make every run fail, before anything is written."""
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = [str(ROOT), str(ROOT / "baselines")]
     stage_1 = importlib.import_module("pretrain_q")  # and with it torch; tables need neither
     if stage_1.parse_env(args.env).body == "antmaze":
         fail(f"--env {args.env}: AntMaze's returns are 0 and 1: there is no RTG sweep to study")
@@ -282,8 +297,16 @@ def quantities(record: dict) -> dict[str, float | None]:
         "Spearman of Q and discounted return": alignment.get("spearman_q_vs_discounted_return"),
         "data: Spearman of discounted and plain return": critic.get("spearman_discounted_vs_plain_return"),
         "critic: mean Q / mean return": critic["q_mean"] / critic["return_mean"] if critic.get("return_mean") else None,
+        "absolute error of seven targets, in % of their range": alignment.get("absolute_error_of_range"),
         "minutes of training": training and training / 60,  # None if it was resumed
+        "parameters of the policy": alignment.get("parameters"),
+        "milliseconds per action": alignment.get("seconds_per_action"),
     }
+    for name, factor in (
+        ("absolute error of seven targets, in % of their range", 100),
+        ("milliseconds per action", 1000),
+    ):
+        found[name] = found[name] and factor * found[name]
     if not np.isfinite([x for x in found.values() if x is not None]).all():
         raise ValueError("a value is not finite")
     return found

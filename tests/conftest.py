@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "results"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "results"), str(ROOT / "baselines"), str(ROOT / "tests")]
 
 ENV = "hopper-medium-tiny"
 TINY1 = "--device cpu --critic-width 16 --total-steps 30 --batch-size 32".split()

@@ -10,6 +10,7 @@ STAGES = (
     "pretrain_q.py",
     "transfer_cheetah_vel.py",
     "data/collect_dataset.py",
+    "baselines/train_radt.py",
 )
 BLOCK = re.compile(r"^# =+ shared: (\w+) =+\n.*?^# =+ end of shared: \1 =+\n", re.M | re.S)
 
