@@ -138,9 +138,8 @@ class Run:
         self.record_file = Path(args.results_dir) / "records" / f"{self.name}.json"
         self.definition = dict(run=self.name, data=data, flags=variant.flags, train_flags=args.train_flags)
         self.definition |= dict(critic_flags=critic_flags.strip(), rollouts=args.rollouts, target_step=args.target_step)
-        self.definition["presets"] = re.findall(
-            r"^(?:SMALL|OTHER_DATA) = .*", (ROOT / variant.script).read_text(), re.M
-        )
+        text = (ROOT / variant.script).read_text()
+        self.definition["presets"] = re.findall(r"^(?:SMALL|OTHER_DATA) = .*", text, re.M)
 
 
 def read_record(run: Run) -> dict | None:

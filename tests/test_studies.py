@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,6 +74,9 @@ def make_record(run, errors=(2.0,) * 12, **values) -> dict:
         "best_score": 99.0,
         "spearman_target_vs_real": 0.5,
         "spearman_q_vs_return": 0.25,
+        "absolute_error_of_range": 0.125,
+        "parameters": 1000,
+        "seconds_per_action": 0.004,
         "high_targets": [dict(target_return=1150.0, score_mean=70.0), dict(target_return=1380.0, score_mean=80.0)],
         "sweep": sweep,
     }
@@ -107,7 +111,8 @@ def test_names_that_studies_share_have_one_meaning():
     )
     critics = {(variant.critic, variant.critic_flags) for variant in variants if variant.critic}
     assert len(critics) == len({name for name, _ in critics}) == 2
-    assert all(every[0] == studies.Q_ALIGN for every in studies.STUDIES.values())
+    first = {name: every[0] for name, every in studies.STUDIES.items()}
+    assert all(one == (studies.RADT if "radt" in name else studies.Q_ALIGN) for name, one in first.items())
     assert set(studies.STUDIES) == set(studies.CLAIMS) == set(studies.SEEDS)
     assert studies.SEEDS["components"] == (1, 2, 3) and studies.SEEDS["loss"] == (1, 2)
 
@@ -169,16 +174,14 @@ def test_commands_of_a_run(tmp_path):
             (
                 f"{ENV}__gamma_0.997__2",
                 f"evaluate_alignment.py {where} --checkpoint {runs}/{ENV}__gamma_0.997__2/policy.pt "
-                "--rollouts 10 --target-step 100.0",
+                "--rollouts 10 --target-step 100.0 --percentiles",
             ),
         ),
     ]
     dt = studies.Run(studies.STUDIES["components"][1], 1, args, {}).stages
     assert list(dt) == ["training", "sweep"] and "--critic" not in dt["training"][1]
-    other = studies.Variant("other", "other", "--x 1", "baselines/other.py", critic=None)
-    assert (
-        studies.Run(other, 1, args, {}).stages["training"][1][:5] == "baselines/other.py --actor-lr 0.2 --x 1".split()
-    )
+    radt = studies.Run(studies.RADT._replace(flags="--x 1"), 1, args, {}).stages
+    assert radt["training"][1][:5] == "baselines/train_radt.py --actor-lr 0.2 --x 1".split()
 
 
 # ---- runs
@@ -408,6 +411,7 @@ def test_missing_runs_are_named_and_the_others_tabulated(main, tmp_path, monkeyp
     write_record(first)
     monkeypatch.setattr(studies, "check", lambda *_: None)
     monkeypatch.setattr(studies, "perform_all", lambda runs, workers: {})
+    shutil.copy(ROOT / "train_qalign_dt.py", tmp_path)
     monkeypatch.setattr(studies, "ROOT", tmp_path)  # where there is no data
     code, out, err = main("spearman", "--seeds", 1, 2, "--results-dir", "results")
     assert code == 1 and err == "error: 1 of 2 runs are missing; the same command continues\n"
@@ -513,13 +517,19 @@ def test_quantities_of_a_record(tmp_path):
         "Spearman of Q and discounted return": None,
         "data: Spearman of discounted and plain return": 0.7,
         "critic: mean Q / mean return": 0.9,
+        "absolute error of seven targets, in % of their range": 12.5,
         "minutes of training": 1.5,
+        "parameters of the policy": 1000,
+        "milliseconds per action": 4.0,
     }
     record |= {"critic": None, "seconds": {"training": None}}
+    for name in ("absolute_error_of_range", "parameters", "seconds_per_action"):  # of records before --percentiles
+        del record["alignment"][name]
     for row in record["alignment"]["sweep"]:
         row["velocity_mean"] = 1.0
     unknown = {name for name, value in studies.quantities(record).items() if value is None}
-    assert unknown == {name for name in found if "critic" in name or "data:" in name or "minutes" in name} | {
+    gone = ("critic", "data:", "minutes", "absolute", "parameters", "milliseconds")
+    assert unknown == {name for name in found if any(part in name for part in gone)} | {
         "Spearman of target and velocity",
         "Spearman of Q and discounted return",
     }
@@ -550,6 +560,7 @@ def test_cells_have_the_mean_scipys_interval_and_every_seed():
 def test_finished_runs_are_tabulated_without_running_anything(main, tmp_path, monkeypatch):
     """Two studies that share runs, from records alone; from another folder than the runs'."""
     monkeypatch.setattr(studies, "check", None)
+    shutil.copy(ROOT / "train_qalign_dt.py", tmp_path)
     monkeypatch.setattr(studies, "ROOT", tmp_path)
     for i, run in enumerate(runs_of("loss", make_args(tmp_path)) + runs_of("spearman", make_args(tmp_path))[2:]):
         write_record(run, make_record(run, [i + 1.0] * 12))
@@ -575,6 +586,7 @@ def test_finished_runs_are_tabulated_without_running_anything(main, tmp_path, mo
 
 
 def test_runs_of_other_data_or_length_are_not_put_into_one_table(main, tmp_path, monkeypatch):
+    shutil.copy(ROOT / "train_qalign_dt.py", tmp_path)
     monkeypatch.setattr(studies, "ROOT", tmp_path)
     first, second = runs_of("spearman", replace(make_args(tmp_path), seeds=(1, 2)))
     other_data = make_record(first)["alignment"]["trained_on"] | {"digest": "4567"}
