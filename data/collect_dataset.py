@@ -55,6 +55,10 @@ class Args:
     transitions: int = 1_000_000  # at least so many per policy, in whole episodes (mini: at most so many in the file)
     total_steps: int = 1_000_000  # environment steps of training; raise it to continue a finished run
     medium_return: float | None = None  # raw return that makes a policy "medium" (default: a third of the expert's)
+    eval_every: int | None = None  # training steps between two evaluations, whose policies are kept (default: 5,000)
+    # mini: of each bin of returns, the episodes of the steadiest reward come first: a return then means one speed, and
+    # not as well a sprint and a fall
+    steady: bool = False
     num_envs: int = 8  # environments that train in lockstep
     # D4RL's files, or Minari's datasets local/<body>/<quality>-v0 where Minari keeps them (pip install 'minari[hdf5]')
     format: Literal["hdf5", "minari"] = "hdf5"
@@ -64,6 +68,8 @@ class Args:
 
     def __post_init__(self):
         check_args(self, {"transitions": 1, "total_steps": START + EVAL_EVERY, "num_envs": 1, "medium_return": -1e9})
+        if self.eval_every is not None and self.eval_every < self.num_envs:
+            raise ValueError(f"--eval-every {self.eval_every}: must be at least --num-envs, {self.num_envs}")
         if self.num_envs > LOG_EVERY or not self.qualities:
             raise ValueError(f"--num-envs must be at most {LOG_EVERY:,}, and --qualities name at least one")
 
@@ -231,8 +237,10 @@ def main() -> None:
     identity = dict(env_id=args.env_id, seed=args.seed, num_envs=n, exp_name=args.exp_name)
     identity |= {name: importlib.metadata.version(name) for name in ("gymnasium", "mujoco")}
     identity |= {"format": "minari"} if minari else {}
+    identity |= {"eval_every": args.eval_every} if args.eval_every else {}
     attributes = {q: identity | {"quality": q, "transitions": args.transitions} for q in files}
     attributes.get("medium-replay", {}).pop("transitions", None)
+    attributes.get("mini", {}).update({"steady": True} if args.steady else {})
     for quality, path in files.items():  # refuses a file that was made otherwise before the training, not after
         is_there(path, attributes[quality])
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -262,14 +270,15 @@ def main() -> None:
             disable=None,
         )
         stack.enter_context(bar)
+        every = args.eval_every or EVAL_EVERY
         while True:
-            if step % EVAL_EVERY < n and (not returns or returns[-1]["step"] < step):  # first the untrained policy
+            if step % every < n and (not returns or returns[-1]["step"] < step):  # first the untrained policy
                 episodes = record(learner.actor, args, None, episodes=EVAL_EPISODES)
                 evaluations.write({"step": step, "return": float(episode_returns(episodes).mean())})
                 policy = dict(stage="collect_dataset", config=identity, actor=learner.actor.state_dict())
                 save_checkpoint(folder / f"policy_{step}.pt", policy)
                 bar.set_postfix_str(f"return {returns[-1]['return']:.0f}, best {max(r['return'] for r in returns):.0f}")
-            if step % EVAL_EVERY < n or step >= args.total_steps:
+            if step % every < n or step >= args.total_steps:
                 checksum = save_replay(folder / "replay.bin", replay[:step])
                 counters = dict(step=step, rows=rows, returns=returns, checksum=checksum)
                 save_resume(folder, dict(stage="collect_dataset", config=identity, counters=counters), learner, sums)
@@ -330,7 +339,7 @@ def collect(quality: str, steps: list[int], replay: np.ndarray, folder: Path, ac
         actor.load_state_dict(load_checkpoint(folder / f"policy_{step}.pt", "collect_dataset")["actor"])
         parts.append(record(actor, args, step, transitions=each))
     rows = np.concatenate(parts)
-    return spread_evenly(rows, args.transitions) if quality == "mini" else rows
+    return spread_evenly(rows, args.transitions, args.steady) if quality == "mini" else rows
 
 
 def record(actor: Actor, args: Args, step: int | None, episodes=0, transitions=0) -> np.ndarray:
@@ -368,11 +377,17 @@ def episode_returns(rows: np.ndarray) -> np.ndarray:
     return np.add.reduceat(rows["rewards"], np.append(0, ends[:-1]), dtype=np.float64)
 
 
-def spread_evenly(rows: np.ndarray, transitions: int) -> np.ndarray:
-    """At most so many of the rows: whole episodes drawn in turn from MINI_BINS equal bins of return, until full."""
+def spread_evenly(rows: np.ndarray, transitions: int, steady: bool = False) -> np.ndarray:
+    """At most so many of the rows: whole episodes drawn in turn from MINI_BINS equal bins of return, until full.
+
+    steady: in a bin, first those whose mean reward differs least between the fifths of the episode.
+    """
     ends, returns = np.flatnonzero(rows["terminals"] | rows["timeouts"]) + 1, episode_returns(rows)
     lengths = np.diff(ends, prepend=0)
     order = np.random.default_rng(0).permutation(len(ends))
+    if steady:
+        fifths = [np.array_split(rewards, min(5, len(rewards))) for rewards in np.split(rows["rewards"], ends[:-1])]
+        order = np.argsort([np.std([part.mean() for part in parts]) for parts in fifths], kind="stable")
     bin_of = np.digitize(returns[order], np.linspace(returns.min(), returns.max(), MINI_BINS + 1)[1:-1])
     turn = [(bin_of[:j] == bin_of[j]).sum() for j in range(len(bin_of))]  # how many of the same bin come before
     order = order[np.argsort(turn, kind="stable")]

@@ -372,6 +372,37 @@ def test_spread_evenly_takes_from_every_bin_in_turn(monkeypatch):
     assert len(stage0.spread_evenly(rows, 1)) == 0
 
 
+def test_steady_episodes_come_first_in_their_bin():
+    """Episodes of ten steps with returns 0, 10, ..., 100: for each return one is steady, one sprints and falls."""
+    returns = np.repeat(np.arange(0.0, 101, 10), 2)
+    rewards = np.repeat(returns[:, None] / 10, 10, axis=1)
+    rewards[::2] = np.where(np.arange(10) < 5, 2 * rewards[::2], 0)
+    rows = np.zeros(220, [("rewards", "f4"), ("terminals", bool), ("timeouts", bool)])
+    rows["rewards"], rows["timeouts"][9::10] = rewards.ravel(), True
+    rows = np.concatenate([rows, rows[:1]])
+    rows["terminals"][-1] = True  # an episode of one step has no fifths
+    found = stage0.spread_evenly(rows, 111, steady=True)["rewards"]
+    assert len(found) == 110 and (np.ptp(found.reshape(11, 10), axis=1)[1:] == 0).all()
+    assert (np.ptp(stage0.spread_evenly(rows[:220], 110)["rewards"].reshape(11, 10), axis=1) > 0).any()
+
+
+def test_policies_are_kept_every_so_many_steps_without_touching_the_training(tmp_path, collected):
+    """More evaluations leave the training as it is; the file says how it was made."""
+    folder = tmp_path
+    code, _, err = collect(folder, "mini", **{"eval-every=48": "--steady"})
+    assert code == 0, err
+    steps = [48 * i for i in range(7)]
+    assert sorted(int(p.stem.partition("_")[2]) for p in (folder / RUN).glob("policy_*.pt")) == steps
+    last = [
+        stage0.load_checkpoint(f / RUN / "policy_288.pt", "collect_dataset")["actor"] for f in (folder, collected[0])
+    ]
+    assert all(torch.equal(x, y) for x, y in zip(*(actor.values() for actor in last)))
+    attributes = read(folder / "data/hopper-mini.hdf5")[1]
+    assert attributes["eval_every"] == 48 and attributes["steady"]
+    code, _, err = collect(folder, "mini", **{"eval-every=96": "--steady"})
+    assert code == 2 and "eval_every" in err
+
+
 def test_every_quality_is_written_and_the_other_stages_read_it_by_its_name(collected):
     folder, out = collected
     evaluations = [line.split(",") for line in (folder / RUN / "evaluations.csv").read_text().split()]
@@ -439,7 +470,7 @@ def test_mini_records_a_multiple_of_what_it_keeps_spread_over_all_policies(colle
     monkeypatch.setattr(
         stage0, "record", lambda actor, args, step, transitions: pool.append((step, transitions)) or [0]
     )
-    monkeypatch.setattr(stage0, "spread_evenly", lambda rows, transitions: (rows, transitions))
+    monkeypatch.setattr(stage0, "spread_evenly", lambda rows, transitions, steady: (rows, transitions))
     actor, args = stage0.Actor(11, -np.ones(3, np.float32), np.ones(3, np.float32)), stage0.Args(transitions=250)
     rows, kept = stage0.collect("mini", [0, 96, 192, 288], None, collected[0] / RUN, actor, args)
     assert pool == [(0, 188), (96, 188), (192, 188), (288, 188)] and len(rows) == 4 and kept == 250  # 3 * 250 / 4
