@@ -59,11 +59,10 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to train; auto takes CUDA if there is one
     checkpoint_minutes: float = 2.0  # wall-clock time between resume.pt files
 
-    # the paper's sizes where `paper` stands; for <body>-mini those that all methods have there
     total_steps: int | None = None  # gradient steps (default: 100,000; <body>-mini: 5,000)
     # width (default: 128; 256 for halfcheetah-medium, ant-medium-expert, antmaze-umaze; <body>-mini: 64)
     embed_dim: int | None = None
-    n_layer: int | None = None  # blocks (default: 3; hopper-medium and <body>-mini: 2)
+    n_layer: int | None = None  # number of blocks (default: 3; hopper-medium and <body>-mini: 2)
     n_head: int | None = None  # attention heads per block (default: 1; <body>-mini: 2)
     context_len: int | None = None  # K, the window length in environment steps (default: 20; <body>-mini: 10)
     batch_size: int | None = None  # windows per gradient step (default: 64; antmaze: 256)
