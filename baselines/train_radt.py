@@ -60,7 +60,7 @@ class Args:
     checkpoint_minutes: float = 2.0  # wall-clock time between resume.pt files
 
     total_steps: int | None = None  # gradient steps (default: 100,000; <body>-mini: 5,000)
-    # width (default: 128; 256 for halfcheetah-medium, ant-medium-expert, antmaze-umaze; <body>-mini: 64)
+    # width of the network (default: 128; 256 for halfcheetah-medium, ant-medium-expert, antmaze-umaze; <body>-mini: 64)
     embed_dim: int | None = None
     n_layer: int | None = None  # number of blocks (default: 3; hopper-medium and <body>-mini: 2)
     n_head: int | None = None  # attention heads per block (default: 1; <body>-mini: 2)
