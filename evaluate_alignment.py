@@ -53,6 +53,9 @@ class Args:
     # only the score at high target returns (the release's; for own data 1.0 and 1.2 times its best return): the paper's
     # protocol, into high_targets.json and .csv. AntMaze, whose returns are 0 and 1, is always evaluated so
     high_targets: bool = False
+    # how the policy is asked, with --high-targets: by the return-to-go, or by a mode of the baseline's own, whose
+    # answer does not depend on the target (plan: VDT's Algorithm 3)
+    inference: Literal["request", "plan"] = "request"
     rollouts: int | None = None  # episodes per target return (default: 30; --high-targets: 50; AntMaze: 100)
     # distance between two target returns, raw; 12 evenly spaced targets where this gives fewer
     target_step: float = 100.0
@@ -71,6 +74,10 @@ class Args:
         for name in ("trajectories", "percentiles"):
             if self.high_targets and getattr(self, name):
                 raise ValueError(f"--{name} needs the whole sweep: leave out --high-targets")
+        if self.inference != "request" and not self.high_targets:
+            raise ValueError(
+                f"--inference {self.inference}: its answer does not depend on the target; add --high-targets"
+            )
 
 
 # ======== shared: policy ========
@@ -432,6 +439,18 @@ def plot_behaviour(records: list[dict], curves: list[dict], seconds_per_step: fl
     return figure
 
 
+def with_inference(trained: "Trained", name: str) -> "Trained":
+    """The checkpoint with its policy wrapped in a mode of its baseline's own; exits 2 if it has none of that name."""
+    stage, content = trained.content["stage"], trained.content
+    modes = getattr(baseline(stage), "INFERENCE", {}) if stage in BASELINES else {}
+    if name not in modes:
+        fail(f"{trained.path}: {stage}.py has no --inference {name}")
+    try:
+        return trained._replace(policy=modes[name](trained.task, content, trained.policy))
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        fail(f"{trained.path}: --inference {name}: {one_line(error)}")
+
+
 class Raw(nn.Module):
     """The policy from windows of raw returns-to-go, observations and actions to its action (B, act_dim)."""
 
@@ -487,14 +506,18 @@ def main() -> None:
         fail("--trajectories, --percentiles: an AntMaze has no RTG sweep")
     rollouts = args.rollouts or (100 if task.body == "antmaze" else 50 if high_only else 30)
     targets, high_targets = target_returns(returns, args.target_step), task.targets(data["is_d4rl"], returns.max())
+    if args.inference != "request":
+        policies, high_targets = [with_inference(one, args.inference) for one in policies], (returns.max(),)
     if high_only:
         rows = [roll_out(one, high_targets, rollouts, args.seed)[0] for one in policies]
         records = [one.identity() | {"high_targets": rows[i]} for i, one in enumerate(policies)]
+        for one, record in zip(policies, records):
+            record |= {k: one.content[k] for k in ("model_r2",) if one.content.get(k)}
     else:
         percentiles = percentile_targets(returns) if args.percentiles else ()
         sweeps = [sweep(one, targets, high_targets, rollouts, args.seed, percentiles) for one in policies]
         records = [record for record, _ in sweeps]
-    setting = {"rollouts": rollouts, "episode_seed": args.seed, "device": device.type}
+    setting = {"rollouts": rollouts, "episode_seed": args.seed, "device": device.type, "inference": args.inference}
     rows = []
     for record in records:
         for kind in [kind for kind in ("sweep", "high_targets", "percentiles") if kind in record]:
@@ -502,7 +525,8 @@ def main() -> None:
             rows += [which | row for row in record[kind]]
     title = f"{data['label']}\n{rollouts} rollouts per target"
     result = setting | records[0] | ({"compare": records[1:]} if args.compare else {})
-    stem = folder / f"{'high_targets' if high_only else 'alignment'}{suffix}"
+    mode = "" if args.inference == "request" else f"_{args.inference}"
+    stem = folder / f"{'high_targets' if high_only else 'alignment'}{mode}{suffix}"
     write_results(stem, result, rows, None if high_only else plot(records, task, returns, title))
     for record in records:
         high = (f"{row['score_mean']:.1f} at target {row['target_return']:g}" for row in record["high_targets"])
@@ -531,7 +555,7 @@ def main() -> None:
 # ======== shared: results ========
 
 
-BASELINES = ("train_radt",)  # the scripts in baselines/ whose policies can be rolled out, too
+BASELINES = ("train_radt", "train_vdt")  # the scripts in baselines/ whose policies can be rolled out, too
 
 
 class Trained(NamedTuple):

@@ -405,7 +405,7 @@ def main() -> None:
 # ======== shared: results ========
 
 
-BASELINES = ("train_radt",)  # the scripts in baselines/ whose policies can be rolled out, too
+BASELINES = ("train_radt", "train_vdt")  # the scripts in baselines/ whose policies can be rolled out, too
 
 
 class Trained(NamedTuple):

@@ -11,6 +11,7 @@ STAGES = (
     "transfer_cheetah_vel.py",
     "data/collect_dataset.py",
     "baselines/train_radt.py",
+    "baselines/train_vdt.py",
 )
 BLOCK = re.compile(r"^# =+ shared: (\w+) =+\n.*?^# =+ end of shared: \1 =+\n", re.M | re.S)
 
