@@ -1,0 +1,302 @@
+"""baselines/train_vdt.py: n-step targets, expectile, weights, Q term, model and planner by hand; who learns when."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import train_vdt as vdt
+from conftest import ENV, argv, call
+from torch import nn
+
+import evaluate_alignment as stage3
+
+CPU = torch.device("cpu")
+TINY = (
+    "--device cpu --precision fp32 --embed-dim 16 --n-layer 1 --n-head 2 --context-len 4 --batch-size 8 "
+    "--critic-width 16 --value-steps 20 --warm-start-steps 10 --total-steps 15 --model-steps 10"
+).split()
+
+
+# ---- Q and V
+
+
+@pytest.mark.parametrize(
+    "terminal, n, expected",
+    [
+        (True, 2, [4, 3.5, 3]),
+        (False, 2, [4, 6, None]),
+        (True, 1, [5, 6, 3]),
+        (False, 1, [5, 6, None]),
+        (True, 9, [2.75, 3.5, 3]),
+        (False, 9, [4, 6, None]),
+    ],
+)
+def test_n_step_targets_by_hand(terminal, n, expected):
+    """r = 1, 2, 3, gamma 0.5, V = 8; the same in an episode that follows another one."""
+    for before in (0, 4):
+        rewards = np.array([9.0] * before + [1, 2, 3])
+        ends = np.array([before, before + 3] if before else [3])
+        sums, boot, discount, usable = vdt.n_step_sums(rewards, ends, np.array([terminal] * len(ends)), n, 0.5)
+        y = sums + discount * 8.0
+        found = [float(y[i]) if usable[i] else None for i in range(before, before + 3)]
+        assert found == expected
+        assert all(before <= boot[i] < before + 3 for i in range(before, before + 3))
+
+
+def test_n_step_targets_against_a_loop():
+    rng = np.random.default_rng(0)
+    lengths, gamma = rng.integers(1, 9, 12), 0.9
+    ends, rewards, v = np.cumsum(lengths), rng.normal(size=lengths.sum()), rng.normal(size=lengths.sum())
+    ended = rng.random(12) < 0.5
+    for n in (1, 3, 50):
+        sums, boot, discount, usable = vdt.n_step_sums(rewards, ends, ended, n, gamma)
+        for start, end, terminal in zip(ends - lengths, ends, ended):
+            for t in range(start, end):
+                m = min(n, end - t if terminal else end - 1 - t)
+                assert usable[t] == (m > 0)
+                y = sum(gamma**k * rewards[t + k] for k in range(m)) + (gamma**m * v[t + m] if t + m < end else 0)
+                assert not m or sums[t] + discount[t] * v[boot[t]] == pytest.approx(y, abs=1e-5)
+
+
+def test_expectile_by_hand():
+    v, target_q = torch.zeros(2, requires_grad=True), torch.tensor([[2.0, 5], [7, -1]])  # u = 2, -1
+    loss = vdt.value_loss(v, target_q, 0.7)
+    loss.backward()
+    assert loss.item() == pytest.approx(1.55) and v.grad.tolist() == pytest.approx([-1.4, 0.3])
+    assert vdt.value_loss(v, target_q, 0.5).item() == pytest.approx((4 + 1) / 2 / 2)
+
+
+# ---- the policy
+
+
+def by_hand(eta=3.0, q_weight=1.0):
+    """One dimension, two steps: Q'_1 = 2 a + 3, Q'_2 = a + 3.2."""
+    a_hat = torch.tensor([[[0.5], [0.0]]], requires_grad=True)
+    q_hat = torch.stack([2 * a_hat + 3, a_hat + 3.2])[..., 0]
+    adv, valid = torch.tensor([[0, 0.5]]), torch.ones(1, 2, dtype=torch.bool)
+    loss, found = vdt.policy_loss(a_hat, torch.tensor([[[0.2], [-0.4]]]), adv, q_hat, valid, eta, q_weight)
+    loss.backward()
+    return loss.item(), found, a_hat.grad.flatten().tolist()
+
+
+def test_the_loss_by_hand():
+    loss, (action_loss, weight, clipped, nu), gradient = by_hand()
+    assert loss == pytest.approx(-0.5965, abs=1e-4) and gradient == pytest.approx([0.1507, 1.4942], abs=1e-4)
+    assert action_loss.item() == pytest.approx(0.125) and weight.item() == pytest.approx((1 + math.exp(1.5)) / 2)
+    assert clipped.item() == 0 and nu.item() == pytest.approx(3.35)
+
+
+def test_without_weights_and_q_term_it_is_a_dts():
+    loss, (action_loss, *_), gradient = by_hand(eta=0.0, q_weight=0.0)
+    assert loss == pytest.approx(action_loss.item()) and gradient == pytest.approx([0.3, 0.4])
+
+
+def test_weights_are_clipped_and_padding_does_not_count():
+    adv, zeros = torch.tensor([[0.0, 1, 2, 9]]), torch.zeros(1, 4, 1)
+    valid = torch.tensor([[True, True, True, False]])
+    act, q_hat = torch.ones(1, 4, 1), torch.ones(2, 1, 4)
+    loss, (_, weight, clipped, _) = vdt.policy_loss(zeros, act, adv, q_hat, valid, 3.0, 0.0)
+    assert loss.item() == weight.item() == pytest.approx((1 + 20.0855 + 100) / 3, rel=1e-5)
+    assert clipped.item() == pytest.approx(1 / 3)
+
+
+@pytest.fixture
+def learner(hopper_file):
+    task = vdt.parse_env(ENV)
+    data = vdt.read_dataset(task, (str(hopper_file),))
+    values = dict(embed_dim=16, n_layer=1, n_head=2, context_len=4, batch_size=8, critic_width=16)
+    values |= dict(value_steps=20, warm_start_steps=10, total_steps=15, model_steps=10, precision="fp32")
+    config = vdt.resolve(vdt.Args(**values), task, data, CPU)
+    return vdt.Training(task, data, vdt.Windows(data, task, 4, CPU), config)
+
+
+def test_each_phase_moves_its_own_networks(learner):
+    nets = ("policy", "critic", "target_critic", "value", "model")
+    moves = {0: {"critic", "target_critic", "value"}, 20: {"policy"}, 35: {"model"}}
+    for step, expected in moves.items():
+        before = {name: [p.clone() for p in getattr(learner, name).parameters()] for name in nets}
+        learner.step(step)
+        moved = {
+            name for name in nets
+            if any(not torch.equal(x, y) for x, y in zip(before[name], getattr(learner, name).parameters()))
+        }  # fmt: skip
+        assert moved == expected, step
+
+
+def test_whole_returns_come_first_then_n_steps(learner, monkeypatch):
+    seen = []
+    whole, n_step = learner.rows.targets
+    assert not torch.equal(whole[0], n_step[0])
+    for name, targets in (("whole", whole), ("n_step", n_step)):
+
+        class Watched(list):
+            def __iter__(self, name=name):
+                seen.append(name)
+                return super().__iter__()
+
+        learner.rows.targets[name == "n_step"] = Watched(targets)
+    for step in (9, 10):
+        learner.step(step)
+    assert seen == ["whole", "n_step"]
+
+
+def test_reward_scale_is_iqls(learner):
+    returns = learner.rows.raw_reward.numpy()
+    config = learner.config
+    assert config.best_return * config.reward_scale > 0 and config.expectile == 0.7
+    scaled = learner.windows.reward.numpy() * config.reward_scale
+    assert np.allclose(scaled, returns * config.reward_scale)
+    task = vdt.parse_env("antmaze-umaze-tiny")
+    data = SimpleNamespace(lengths=np.array([20]), returns=np.array([0.0, 1.0]))
+    antmaze = vdt.resolve(vdt.Args(), task, data, CPU)
+    assert (antmaze.reward_scale, antmaze.expectile) == (1.0, 0.9)
+
+
+# ---- the planner
+
+
+class Table(nn.Module):
+    """A policy whose action is the RTG, a critic with Q by (state, action), a model that counts steps in the state."""
+
+    def act(self, rtg, obs, act, timestep, valid):
+        self.windows = (rtg, obs, act, timestep, valid)
+        return rtg[:, -1:].clone()
+
+
+def plan(steps, offsets=(0.0, 1.0), q=((1, 4), (2, 1))):
+    q = torch.tensor(q, dtype=torch.float32)  # candidate, step
+
+    def critic(obs, act):  # the candidate is the sign of its action's offset; the state counts the imagined steps
+        chosen = q[(act[:, 0] > 0.5).long(), obs[:, 0].long()]
+        return torch.stack([chosen, chosen + 5])
+
+    def model(obs, act):
+        return obs + 1, torch.zeros(len(obs))
+
+    policy = Table()
+    planner = vdt.Plan(policy, nn.Identity(), nn.Identity(), offsets, 1000.0, 0.5, steps)
+    planner.critic.forward, planner.model.forward = critic, model
+    K = 3
+    window = (torch.zeros(1, K), torch.zeros(1, K, 1), torch.zeros(1, K, 1), torch.arange(K)[None])
+    return planner.act(*window, torch.tensor([[False, True, True]])).item(), policy
+
+
+def test_the_planner_by_hand():
+    """gamma 0.5, candidate Qs (1, 4) and (2, 1): two steps prefer the first (3 > 2.5), one step the second."""
+    assert plan(2)[0] == 0.0 and plan(1)[0] == 1.0
+    assert plan(1, offsets=(0.0,))[0] == 0.0  # one candidate: the request itself
+
+
+def test_imagined_windows_move_on_by_one_step():
+    _, policy = plan(2)
+    rtg, obs, act, timestep, valid = policy.windows
+    assert rtg.tolist() == [[0, 0, 0], [1, 1, 1]]  # padding keeps its zero until it leaves the window
+    assert obs[..., 0].tolist() == [[0, 0, 1]] * 2 and act[..., 0].tolist() == [[0, 0, 0], [0, 1, 0]]
+    assert timestep.tolist() == [[1, 2, 3]] * 2 and valid.all()
+
+
+def test_the_model_learns_and_imagines():
+    """s' = s + 0.1 a, r = a_0."""
+    torch.manual_seed(0)
+    model, obs, act = vdt.Model(2, 2, 64), torch.randn(5000, 2), torch.rand(5000, 2) * 2 - 1
+    target = torch.cat([0.1 * act, act[:, :1]], dim=1)
+    model.fit_scale(target)
+    opt = torch.optim.Adam(model.net.parameters(), lr=1e-3)
+    for i in range(600):
+        rows = torch.arange(256) * 7 + i
+        vdt.descend(opt, model.loss(obs[rows % 5000], act[rows % 5000], target[rows % 5000]))
+    with torch.no_grad():
+        state, reward = model(obs, act)
+        assert ((state - obs - 0.1 * act).var() / (0.1 * act).var()).item() < 0.01
+        assert ((reward - act[:, 0]).var() / act[:, 0].var()).item() < 0.01
+        imagined, first = obs[:100], obs[:100]
+        for _ in range(5):
+            imagined, _ = model(imagined, act[:100])
+        gone = 0.5 * act[:100]
+        assert ((imagined - first - gone).norm() / gone.norm()).item() < 0.05
+    assert model(torch.full((1, 2), 99.0), act[:1])[0].abs().max() == vdt.MAX_STATE
+
+
+# ---- files and command lines
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, hopper_file):
+    runs = tmp_path_factory.mktemp("vdt")
+    code, out, err = call(vdt, *argv(hopper_file, runs, *TINY))
+    assert code == 0, err
+    assert "R^2" in out
+    return runs / f"{ENV}__train_vdt__1"
+
+
+def test_high_targets_by_request_and_by_plan(trained, run_main, tmp_path):
+    (copy := tmp_path / "policy.pt").write_bytes((trained / "policy.pt").read_bytes())
+    flags = ["--checkpoint", copy, "--device", "cpu", "--rollouts", 2]
+    for mode in ("request", "plan"):
+        code, _, err = run_main(stage3, *flags, "--high-targets", "--inference", mode)
+        assert code == 0, err
+    request, plan = (json.loads((tmp_path / f"high_targets{x}.json").read_text()) for x in ("", "_plan"))
+    best = torch.load(copy, weights_only=True)["episode_returns"].max().item()
+    assert [row["target_return"] for row in plan["high_targets"]] == [best] and len(request["high_targets"]) == 2
+    assert plan["inference"] == "plan" and plan["method"] == "VDT" and len(plan["model_r2"]) == 12
+    code, _, err = run_main(stage3, *flags)  # a sweep, by request
+    assert code == 0, err
+
+
+def test_plan_is_refused_in_a_sweep_and_without_a_model(trained, pipeline, run_main, tmp_path):
+    code, out, err = run_main(stage3, "--checkpoint", trained / "policy.pt", "--inference", "plan")
+    assert code == 2 and "its answer does not" in out + err
+    flags = ["--device", "cpu", "--high-targets", "--inference", "plan"]
+    code, _, err = run_main(stage3, "--checkpoint", pipeline.policy, *flags)
+    assert code == 2 and "train_qalign_dt.py has no --inference plan" in err
+    content = torch.load(trained / "policy.pt", weights_only=True) | {"model": None}
+    torch.save(content, tmp_path / "policy.pt")
+    code, _, err = run_main(stage3, "--checkpoint", tmp_path / "policy.pt", *flags)
+    assert code == 2 and "no model to plan in" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("at", [7, 27, 40], ids=["values", "policy", "model"])
+def test_killed_in_any_phase_and_resumed_ends_with_the_same_bits(
+    at, trained, run_main, hopper_file, tmp_path, monkeypatch
+):
+    flags = argv(hopper_file, tmp_path, *TINY, "--checkpoint-minutes", 0)
+    with monkeypatch.context() as m:
+        step = vdt.Training.step
+
+        def killed(self, i):
+            if i == at:
+                raise KeyboardInterrupt
+            return step(self, i)
+
+        m.setattr(vdt.Training, "step", killed)
+        assert run_main(vdt, *flags)[0] == 130
+    code, out, err = run_main(vdt, *flags)
+    assert code == 0 and f"step {at}" in out, err
+    ours, whole = (torch.load(f / trained.name / "policy.pt", weights_only=True) for f in (tmp_path, trained.parent))
+    for part in ("policy", "critic", "value", "model"):
+        assert all(torch.equal(x, whole[part][name]) for name, x in ours[part].items()), part
+    assert "nothing to do" in run_main(vdt, *flags)[1]
+
+
+def test_bad_input_is_one_line(run_main, hopper_file, tmp_path):
+    for flags, said in (
+        (["--gamma", "1"], "between 0 and 1"),
+        (["--n-step", "0"], "--n-step"),
+        (["--expectile", "1.5"], "between 0 and 1"),
+    ):
+        code, out, err = run_main(vdt, *argv(hopper_file, tmp_path / "runs", *TINY, *flags))
+        assert code == 2 and said in out + err and not (tmp_path / "runs").exists()
+
+
+def test_paper_and_small_presets():
+    data = SimpleNamespace(lengths=np.array([20]), returns=np.array([0.0, 100.0]))
+
+    def sizes(env):
+        config = vars(vdt.resolve(vdt.Args(env=env), vdt.parse_env(env), data, CPU))
+        return [config[name] for name in vdt.SIZES]
+
+    assert sizes("hopper-medium-v2") == [100_000, 256, 6, 4, 20, 256, 3e-4, 1_000_000, 0, 256, 50_000]
+    assert sizes("walker2d-mini") == [5_000, 64, 2, 2, 10, 64, 1e-3, 10_000, 9_000, 128, 5_000]
