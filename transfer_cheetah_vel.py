@@ -11,7 +11,8 @@ trained on HalfCheetah's return and is not trained further; only its return-to-g
     training_reward   what the RTG falls by: v_t + c_t, the kind of reward that the policy was trained on
 
 Writes transfer.json, .csv and .png beside the checkpoint: return, realised velocity and tracking error per target
-velocity, and the return of standing still. --video adds a GIF.
+velocity (of every step, where the gait counts, and of an episode's mean velocity), and the return of standing still.
+--video adds a GIF.
 """
 
 import ctypes
@@ -300,6 +301,7 @@ def monotone(v, low: dict, high: dict) -> np.ndarray:
     return np.interp(v, fit.x[fit.blocks[:-1]], midpoints)
 
 
+MEANS = ("return_mean", "standing_still", "tracking_error", "velocity_error")  # over the velocities
 RTG_OF = {"two-point": two_point, "monotone": monotone}
 
 
@@ -315,10 +317,11 @@ def transfer(trained: "Trained", velocities: np.ndarray, v_range, steps: int, ar
             returns, realised, errors = episodes(trained, velocities, rtg, test_seeds, steps, what)
             columns = {"velocity": velocities, "rtg": rtg, "velocity_mean": realised.mean(axis=1)}
             columns |= {"velocity_std": realised.std(axis=1), "tracking_error": errors.mean(axis=1)}
+            columns |= {"velocity_error": np.abs(realised - velocities[:, None]).mean(axis=1)}  # of episodes, not steps
             columns |= {"return_mean": returns.mean(axis=1), "return_std": returns.std(axis=1)}
             columns |= {"return_max": returns.max(axis=1), "standing_still": -steps * velocities}  # v_t and a_t are 0
             rows = [dict(zip(columns, row)) for row in zip(*(x.tolist() for x in columns.values()))]
-            means = {k: float(columns[k].mean()) for k in ("return_mean", "standing_still", "tracking_error")}
+            means = {k: float(columns[k].mean()) for k in MEANS}
             results.append({"calibration": name, "budget": budget} | means | {"velocities": rows, "ends": ends})
     data = trained.content["episode_returns"]
     return trained.identity() | {"data_returns": [float(data.min()), float(data.max())], "results": results}
@@ -379,8 +382,13 @@ def main() -> None:
             rows += [which | row for row in result["velocities"]]
             ends = ", ".join(f"RTG {end['best_rtg']:.0f} at {end['velocity']:g} m/s" for end in result["ends"])
             print(f"\n{record['checkpoint']}: best of {result['budget']} candidates {ends}")
-            still, error = f"standing still {result['standing_still']:.1f}", f"{result['tracking_error']:.2f} m/s"
-            print(f"{result['calibration']}: mean return {result['return_mean']:.1f} ({still}), tracking error {error}")
+            still = f"standing still {result['standing_still']:.1f}"
+            print(
+                f"{result['calibration']}: mean return {result['return_mean']:.1f} ({still}), tracking error per step"
+            )
+            print(
+                f"{result['tracking_error']:.2f} m/s, of an episode's mean velocity {result['velocity_error']:.2f} m/s"
+            )
             columns = [k for k in result["velocities"][0] if not k.endswith("std")]
             print("".join(f"{k:>15}" for k in columns))
             for row in result["velocities"]:

@@ -226,7 +226,10 @@ def test_command_line_with_budgets_both_calibrations_and_further_checkpoints(run
         for row in one["velocities"]:
             assert row["return_mean"] <= row["return_max"] <= 0 and row["tracking_error"] > 0
             assert row["standing_still"] == pytest.approx(-STEPS * row["velocity"])
-        for mean in ("return_mean", "standing_still", "tracking_error"):
+            off = abs(row["velocity_mean"] - row["velocity"])
+            assert off - 1e-9 <= row["velocity_error"] <= off + row["velocity_std"] + 1e-9
+            assert row["velocity_error"] <= row["tracking_error"] + 1e-9
+        for mean in transfer.MEANS:
             assert one[mean] == pytest.approx(np.mean([row[mean] for row in one["velocities"]]))
         for end in one["ends"]:
             assert len(end["rtg"]) == one["budget"] and end["best_rtg"] == end["rtg"][np.argmax(end["return_mean"])]
@@ -243,6 +246,21 @@ def test_command_line_with_budgets_both_calibrations_and_further_checkpoints(run
     assert "two-point: mean return" in out and "monotone: mean return" in out
     assert f"(standing still {-STEPS * np.mean(transfer.HELD_OUT):.1f})" in out and "0.225" in out
     assert not list(runs.folder.rglob("*.tmp"))
+
+
+def test_a_baselines_policy_is_transferred_too(runs, command, tmp_path):
+    """Beside a DT, by the network that its own script defines."""
+    import train_radt
+
+    task, content = transfer.parse_env(ENV), torch.load(runs.dt, weights_only=True)
+    content["config"] = dict(embed_dim=16, n_layer=1, n_head=2, max_timestep=1004, context_len=4, seed=1, total_steps=5)
+    content["config"] |= dict(seqra=True, stepra=True, alpha=True, rtg_tokens=False, method="RADT")
+    content |= dict(stage="train_radt", policy=train_radt.make_policy(task, content["config"]).state_dict())
+    train_qalign_dt.save_checkpoint(tmp_path / "policy.pt", content)
+    code, _, err = command("--checkpoint", tmp_path / "policy.pt", "--compare", runs.dt, *QUICK)
+    assert code == 0, err
+    result = json.loads((tmp_path / "transfer.json").read_text())
+    assert (result["method"], result["compare"][0]["method"]) == ("RADT", "DT")
 
 
 @pytest.mark.parametrize(
