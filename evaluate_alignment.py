@@ -54,8 +54,8 @@ class Args:
     # protocol, into high_targets.json and .csv. AntMaze, whose returns are 0 and 1, is always evaluated so
     high_targets: bool = False
     # how the policy is asked, with --high-targets: by the return-to-go, or by a mode of the baseline's own, whose
-    # answer does not depend on the target (plan: VDT's Algorithm 3)
-    inference: Literal["request", "plan"] = "request"
+    # answer does not depend on the target (plan: VDT's Algorithm 3; best, softmax: QT's choice by Q)
+    inference: Literal["request", "plan", "best", "softmax"] = "request"
     rollouts: int | None = None  # episodes per target return (default: 30; --high-targets: 50; AntMaze: 100)
     # distance between two target returns, raw; 12 evenly spaced targets where this gives fewer
     target_step: float = 100.0
@@ -555,7 +555,7 @@ def main() -> None:
 # ======== shared: results ========
 
 
-BASELINES = ("train_radt", "train_vdt")  # the scripts in baselines/ whose policies can be rolled out, too
+BASELINES = ("train_radt", "train_vdt", "train_qt")  # the scripts in baselines/ whose policies can be rolled out, too
 
 
 class Trained(NamedTuple):

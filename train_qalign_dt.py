@@ -385,6 +385,9 @@ def critic_loss(critic, target_critic, target_policy, batch: Batch, config: Conf
     return masked_mean((q_1 - y) ** 2, mask) + masked_mean((q_2 - y) ** 2, mask)
 
 
+# ======== shared: supervised ========
+
+
 def supervised_loss(a_hat, s_hat, batch: Batch):
     """The two halves of L_SL, Eq. 6, as means over valid steps and dimensions.
 
@@ -393,6 +396,9 @@ def supervised_loss(a_hat, s_hat, batch: Batch):
     action_loss = masked_mean(((a_hat - batch.act) ** 2).mean(dim=-1), batch.valid)
     state_loss = masked_mean(((s_hat - batch.obs) ** 2).mean(dim=-1), batch.valid)
     return action_loss, state_loss
+
+
+# ======== end of shared: supervised ========
 
 
 def alignment_loss(q_delta, q, sign, valid, kind: str):

@@ -12,6 +12,7 @@ STAGES = (
     "data/collect_dataset.py",
     "baselines/train_radt.py",
     "baselines/train_vdt.py",
+    "baselines/train_qt.py",
 )
 BLOCK = re.compile(r"^# =+ shared: (\w+) =+\n.*?^# =+ end of shared: \1 =+\n", re.M | re.S)
 
