@@ -413,7 +413,12 @@ def main() -> None:
 # ======== shared: results ========
 
 
-BASELINES = ("train_radt", "train_vdt", "train_qt")  # the scripts in baselines/ whose policies can be rolled out, too
+BASELINES = (
+    "train_radt",
+    "train_vdt",
+    "train_qt",
+    "train_rvdt",
+)  # the scripts in baselines/ whose policies can be rolled out, too
 
 
 class Trained(NamedTuple):

@@ -330,6 +330,9 @@ def supervised_loss(a_hat, s_hat, batch: Batch):
 # ======== end of shared: supervised ========
 
 
+# ======== shared: qt ========
+
+
 def window_target(batch: Batch, q_last, gamma: float):
     """y_i = sum_{k=i}^{l-1} gamma^{k-i} r_k + gamma^{l-i} q_last, l the window's last step, and where it is defined.
 
@@ -350,6 +353,9 @@ def q_term(q_pair, valid, coin):
     """-mean Q_i(s, a_hat) / mean |Q_j(s, a_hat)|: q_pair (2, B, K), coin (): 0 takes i = 1, 1 takes i = 2."""
     q_i, q_j = torch.where(coin == 0, q_pair, q_pair.flip(0))
     return -masked_mean(q_i, valid) / masked_mean(q_j.detach().abs(), valid).clamp(min=1e-6)
+
+
+# ======== end of shared: qt ========
 
 
 class Training:

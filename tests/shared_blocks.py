@@ -13,6 +13,7 @@ STAGES = (
     "baselines/train_radt.py",
     "baselines/train_vdt.py",
     "baselines/train_qt.py",
+    "baselines/train_rvdt.py",
 )
 BLOCK = re.compile(r"^# =+ shared: (\w+) =+\n.*?^# =+ end of shared: \1 =+\n", re.M | re.S)
 

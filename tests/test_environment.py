@@ -13,7 +13,14 @@ import pytest
 from conftest import ROOT, call
 
 STAGES = ("data/collect_dataset", "pretrain_q", "train_qalign_dt", "evaluate_alignment", "transfer_cheetah_vel")
-SCRIPTS = (*STAGES, "baselines/train_radt", "baselines/train_vdt", "baselines/train_qt", "results/run_studies")
+SCRIPTS = (
+    *STAGES,
+    "baselines/train_radt",
+    "baselines/train_vdt",
+    "baselines/train_qt",
+    "baselines/train_rvdt",
+    "results/run_studies",
+)
 OPTIONAL = {"minari", "wandb"}  # imported only where the user asks for it
 
 
