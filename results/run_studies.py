@@ -52,6 +52,10 @@ CLAIMS = {
     "neighbours": "not this paper's: which method follows the target return; RADT: 44.6% less absolute error than a DT",
     "radt": "RADT's: SeqRA and StepRA each beat a DT, both together are best, alpha helps",
     "radt_tuning": "three learning rates of RADT",
+    "vdt": "VDT's: weights and Q term beat each alone (Table 3)",
+    "vdt_context": "VDT's: K from 20 to 60 is best, 8 and 120 are worse (Table 5)",
+    "qt_eta": "QT: more of the Q term, more score, less obedience",
+    "rvdt": "RVDT's: rebalancing, a stochastic policy and Q each help; all three are best",
     "noise": "noise on the target critic is tolerated (Table E.13)",
     "discount": "it does no harm that Q is discounted and the target return is not (App. D.2)",
     "spearman": "Q ranks realised returns (Table E.19)",
@@ -75,6 +79,29 @@ RADTS = [
     RADT._replace(label="DT in RADT's setting", exp_name="radt_dt", flags="--no-seqra --no-stepra --rtg-tokens"),
 ]
 RADT_RATES = [RADT._replace(label=f"RADT, lr {x}", exp_name=f"radt_lr_{x}", flags=f"--lr {x}") for x in (3e-4, 3e-3)]
+VDT = Variant("VDT", "train_vdt", "--model-steps 0", "baselines/train_vdt.py", None)
+VDTS = [
+    VDT._replace(label="VDT, without weights", exp_name="vdt_q", flags="--model-steps 0 --eta 0"),
+    VDT._replace(label="VDT, without Q term", exp_name="vdt_weights", flags="--model-steps 0 --q-weight 0"),
+    VDT._replace(label="VDT, without either", exp_name="vdt_dt", flags="--model-steps 0 --eta 0 --q-weight 0"),
+]
+VDT_CONTEXTS = [
+    VDT._replace(label=f"VDT, K {k}", exp_name=f"vdt_k_{k}", flags=f"--model-steps 0 --context-len {k}")
+    for k in (3, 20, 40)
+]
+QT = Variant("QT", "train_qt", "", "baselines/train_qt.py")
+QTS = [QT._replace(label=f"QT, eta {x}", exp_name=f"qt_eta_{x}", flags=f"--eta {x}") for x in (0, 0.1, 5)]
+RVDT = Variant("RVDT", "train_rvdt", "", "baselines/train_rvdt.py")
+RVDTS = [
+    RVDT._replace(label=label, exp_name=re.sub(r"\W+", "_", label.lower()), flags=flags)
+    for label, flags in (
+        ("RVDT-Dup", "--rebalance dup"),
+        ("RVDT-Determ", "--std none"),
+        ("VDT of RVDT's poster", "--rebalance none"),
+        ("RDT", "--eta 0"),
+        ("DT-Dup", "--eta 0 --rebalance dup"),
+    )
+]
 GAMMA = Variant("gamma 0.997", "gamma_0.997", critic="pretrain_q_gamma_0.997", critic_flags="--gamma 0.997")
 STUDIES = {
     "components": [Q_ALIGN, DT, DT_STATE, DT_STATE_CONV, DT_ALIGNMENT],
@@ -87,6 +114,10 @@ STUDIES = {
     "neighbours": [Q_ALIGN, DT, RADT],
     "radt": [RADT, *RADTS],
     "radt_tuning": [RADT, *RADT_RATES],
+    "vdt": [VDT, *VDTS, DT],
+    "vdt_context": [VDT, *VDT_CONTEXTS],
+    "qt_eta": [QT, *QTS],
+    "rvdt": [RVDT, *RVDTS, QT, DT],
     "noise": [Q_ALIGN, *(Variant(f"sigma_n {x}", f"noise_{x}", f"--q-noise {x}") for x in (1, 10, 50))],
     "discount": [Q_ALIGN, GAMMA],  # at one lambda_e, although Q, and with it Eq. 5's penalty, is larger at 0.997
     "spearman": [Q_ALIGN],
