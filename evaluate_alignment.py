@@ -56,7 +56,8 @@ class Args:
     # how the policy is asked, with --high-targets: by the return-to-go, or by a mode of the baseline's own, whose
     # answer does not depend on the target (plan: VDT's Algorithm 3; best, softmax: QT's choice by Q)
     inference: Literal["request", "plan", "best", "softmax"] = "request"
-    rollouts: int | None = None  # episodes per target return (default: 30; --high-targets: 50; AntMaze: 100)
+    # episodes per target return (default: 30; --high-targets: 50; AntMaze, and --percentiles on CUDA: 100)
+    rollouts: int | None = None
     # distance between two target returns, raw; 12 evenly spaced targets where this gives fewer
     target_step: float = 100.0
     # also the mean absolute error of seven targets, evenly spaced from the 5th to the 95th percentile of the data's
@@ -74,10 +75,9 @@ class Args:
         for name in ("trajectories", "percentiles"):
             if self.high_targets and getattr(self, name):
                 raise ValueError(f"--{name} needs the whole sweep: leave out --high-targets")
-        if self.inference != "request" and not self.high_targets:
-            raise ValueError(
-                f"--inference {self.inference}: its answer does not depend on the target; add --high-targets"
-            )
+        if self.inference != "request" and (not self.high_targets or self.video or self.export):
+            text = "its answer does not depend on the target: with --high-targets only, no --video, no --export"
+            raise ValueError(f"--inference {self.inference}: {text}")
 
 
 # ======== shared: policy ========
@@ -306,10 +306,10 @@ def percentile_targets(returns: np.ndarray) -> np.ndarray:
     return np.linspace(*np.percentile(returns, (5, 95)), 7)
 
 
-def absolute_error(achieved, targets, returns_range: float) -> tuple[float, float]:
-    """RADT's error: mean over the targets of |mean return - target| (raw), and that divided by a range of returns."""
+def absolute_error(achieved, targets, span: float) -> tuple[float, float | None]:
+    """RADT's error: mean over the targets of |mean return - target|, raw, and divided by a span of returns if not 0."""
     error = float(np.abs(np.asarray(achieved) - np.asarray(targets)).mean())
-    return error, error / returns_range
+    return error, error / span if span > 0 else None
 
 
 @torch.no_grad()
@@ -504,12 +504,15 @@ def main() -> None:
     high_only = args.high_targets or task.body == "antmaze"
     if high_only and (args.trajectories or args.percentiles):
         fail("--trajectories, --percentiles: an AntMaze has no RTG sweep")
-    rollouts = args.rollouts or (100 if task.body == "antmaze" else 50 if high_only else 30)
+    many = task.body == "antmaze" or args.percentiles and device.type == "cuda"
+    rollouts = args.rollouts or (100 if many else 50 if high_only else 30)
     targets, high_targets = target_returns(returns, args.target_step), task.targets(data["is_d4rl"], returns.max())
-    if args.inference != "request":
-        policies, high_targets = [with_inference(one, args.inference) for one in policies], (returns.max(),)
     if high_only:
-        rows = [roll_out(one, high_targets, rollouts, args.seed)[0] for one in policies]
+        asked = [high_targets] * len(policies)
+        if args.inference != "request":
+            policies = [with_inference(one, args.inference) for one in policies]
+            asked = [one.content["episode_returns"].max().reshape(1).tolist() for one in policies]
+        rows = [roll_out(one, x, rollouts, args.seed)[0] for one, x in zip(policies, asked)]
         records = [one.identity() | {"high_targets": rows[i]} for i, one in enumerate(policies)]
         for one, record in zip(policies, records):
             record |= {k: one.content[k] for k in ("model_r2",) if one.content.get(k)}
@@ -532,9 +535,9 @@ def main() -> None:
         high = (f"{row['score_mean']:.1f} at target {row['target_return']:g}" for row in record["high_targets"])
         error = "" if high_only else f"alignment RMSE {record['alignment_rmse']:.2f}, "
         if args.percentiles:
-            error += (
-                f"absolute error {record['absolute_error']:.0f} ({record['absolute_error_of_range']:.1%} of range), "
-            )
+            share = record["absolute_error_of_range"]
+            share = "" if share is None else f" ({share:.1%} of their range)"
+            error += f"absolute error {record['absolute_error']:.0f}{share}, "
         print(f"{record['checkpoint']}: {error}score {', '.join(high)}")
     print(f"{data['label']}: {stem}.json, .csv{'' if high_only else ', .png'}")
     if args.trajectories:

@@ -219,7 +219,7 @@ class Policy(nn.Module):
     def forward(self, rtg, obs, act, timestep, valid):
         c, e = self.embed_rtg(rtg[..., None]), self.time(self.table[timestep])  # (B, K, D) each
         tokens = [self.embed_obs(obs) + e, self.embed_act(act) + e]
-        x = torch.stack([c + e, *tokens] if self.rtg_tokens else tokens, dim=2)  # (B, K, 2, D)
+        x = torch.stack([c + e, *tokens] if self.rtg_tokens else tokens, dim=2)  # (B, K, 2 or 3, D)
         n, K = x.shape[2], rtg.shape[1]  # tokens per step
         step = torch.arange(K, device=rtg.device).repeat_interleave(n)  # (T,) of each token
         # a padded query attends to its own step, so that no row of the softmax is empty

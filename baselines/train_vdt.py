@@ -12,8 +12,8 @@ that rolls several return requests out in a learned model and takes the best one
     Plan              sum of gamma^i min_i Q'_i(s_i, a_i) over E imagined steps, for each candidate return
 
 Three phases, one after the other: Q and V (which never see the policy), the policy, the model. The poster decides;
-its authors' code (ruthless-man/VDT) trains another loss, with n = 1, and plans in a second simulator. Ours: eta, n, the
-model, the reward's scale, lambda's normalisation by nu, the mean over dimensions.
+its authors' code (ruthless-man/VDT) trains another loss, with n = 1, and plans in a second simulator. Ours: n, the
+model, lambda's normalisation by nu, the mean over dimensions; eta and the rewards' scale in Q and V are IQL's.
 
 Writes runs/<env>__<exp-name>__<seed>/ with policy.pt, resume.pt, metrics.csv and TensorBoard events; the same command
 resumes. What follows `main` is plumbing, the same text as in train_qalign_dt.py.
@@ -75,7 +75,7 @@ class Args:
     value_steps: int | None = None  # gradient steps of Q and V (default: 1,000,000; <body>-mini: 10,000)
     # so many of them take whole discounted returns as targets, as n = infinity does (default: 0; <body>-mini: 9,000)
     warm_start_steps: int | None = None
-    critic_width: int | None = None  # hidden width of Q, V and the model (default: 256; <body>-mini: 128)
+    critic_width: int | None = None  # hidden width of Q and V (default: 256; <body>-mini: 128)
     n_step: int = 5  # n of Q's targets
     expectile: float | None = None  # epsilon of V (default: 0.7; AntMaze: 0.9)
     gamma: float = 0.99  # discount of Q and V
@@ -83,10 +83,11 @@ class Args:
     q_weight: float = 1.0  # lambda, the weight of the Q term; 0: none (Table 3)
     # gradient steps of the environment model, which only `--inference plan` uses (default: 50,000; <body>-mini: 5,000)
     model_steps: int | None = None
+    plan_steps: int = 5  # E, the number of Q terms that the planner sums; 1 is greedy
 
     def __post_init__(self):
         at_least_1 = dict.fromkeys(("embed_dim", "n_layer", "n_head", "context_len", "batch_size", "critic_width"), 1)
-        check_args(self, at_least_1 | {"n_step": 1, "value_steps": 1})
+        check_args(self, at_least_1 | {"n_step": 1, "value_steps": 1, "plan_steps": 1})
         if self.embed_dim and self.n_head and self.embed_dim % self.n_head:
             raise ValueError(f"--embed-dim {self.embed_dim} is not a multiple of --n-head {self.n_head}")
         for name, x in (("gamma", self.gamma), ("expectile", self.expectile)):
@@ -111,7 +112,7 @@ SIZES += ("value_steps", "warm_start_steps", "critic_width", "model_steps")
 PAPER = dict(zip(SIZES, (100_000, 256, 6, 4, 20, 256, 3e-4, 1_000_000, 0, 256, 50_000)))
 SMALL = dict(zip(SIZES, (5_000, 64, 2, 2, 10, 64, 1e-3, 10_000, 9_000, 128, 5_000)))
 CRITIC_LR, CRITIC_BATCH, TAU, MAX_WEIGHT, MAX_GRAD_NORM = 3e-4, 256, 0.005, 100.0, 15.0
-CANDIDATES, IMAGINED_STEPS, MAX_STATE = (0.5, 0.75, 1.0, 1.2, 1.5), 5, 10.0  # of the planner
+CANDIDATES, MODEL_WIDTH, MAX_STATE = (0.5, 0.75, 1.0, 1.2, 1.5), 256, 10.0  # of the planner: times the best return
 HELD_OUT = 10  # every tenth episode only tests the model
 LOG_EVERY = 100  # gradient steps per row of metrics.csv
 
@@ -414,13 +415,14 @@ class Model(nn.Module):
 
 
 class Plan(nn.Module):
-    """Algorithm 3 as a policy whose `act` ignores the request, but for its history of real rewards.
+    """Algorithm 3 as a policy: `act` takes the first action of the best of several imagined futures.
 
-    offsets (m,): candidate returns minus the requested one, normalised. All candidates share the executed actions and
-    lose the real rewards, so each one's RTG history is the given one plus its offset.
+    offsets (m,): candidate returns minus the one that the rollout asked for (the data's best), normalised. All
+    candidates share the executed actions and lose the real rewards, so each one's RTG history is the given one plus
+    its offset.
     """
 
-    def __init__(self, policy, critic, model, offsets, rtg_scale: float, gamma: float, steps: int = IMAGINED_STEPS):
+    def __init__(self, policy, critic, model, offsets, rtg_scale: float, gamma: float, steps: int):
         super().__init__()
         self.policy, self.critic, self.model = policy, critic, model
         self.offsets, self.rtg_scale, self.gamma, self.steps = torch.as_tensor(offsets), rtg_scale, gamma, steps
@@ -448,13 +450,17 @@ def make_planner(task: "Task", content: dict, policy: Policy) -> Plan:
     """The planner of a checkpoint, for rollouts that ask for the data's best return; ValueError if it has no model."""
     config, device = content["config"], next(policy.parameters()).device
     if not content["model"]:
-        raise ValueError("trained with --model-steps 0, so there is no model to plan in")
+        unfinished = (
+            "its training ended before the model's" if config["model_steps"] else "trained with --model-steps 0"
+        )
+        raise ValueError(f"{unfinished}, so there is no model to plan in")
     critic = MLP(2, task.obs_dim + task.act_dim, config["critic_width"])
-    model = Model(task.obs_dim, task.act_dim, config["critic_width"])
+    model = Model(task.obs_dim, task.act_dim, MODEL_WIDTH)
     critic.load_state_dict(content["critic"])
     model.load_state_dict(content["model"])
     offsets = [(x - 1) * config["best_return"] / task.rtg_scale for x in CANDIDATES]
-    return Plan(policy, critic, model, offsets, task.rtg_scale, config["gamma"]).to(device).eval()
+    how = (task.rtg_scale, config["gamma"], config["plan_steps"])
+    return Plan(policy, critic, model, offsets, *how).to(device).eval()
 
 
 INFERENCE = {"plan": make_planner}  # what evaluate_alignment.py --high-targets --inference can ask for
@@ -478,7 +484,7 @@ class Training:
         self.critic = MLP(2, task.obs_dim + task.act_dim, config.critic_width).to(device)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.value = MLP(1, task.obs_dim, config.critic_width).to(device)
-        self.model = Model(task.obs_dim, task.act_dim, config.critic_width).to(device)
+        self.model = Model(task.obs_dim, task.act_dim, MODEL_WIDTH).to(device)
         if len(self.rows.learn):
             self.model.fit_scale(self.change_and_reward(self.rows.learn))
         adam = torch.optim.Adam

@@ -143,59 +143,108 @@ def test_whole_returns_come_first_then_n_steps(learner, monkeypatch):
     assert seen == ["whole", "n_step"]
 
 
-def test_reward_scale_is_iqls(learner):
-    returns = learner.rows.raw_reward.numpy()
-    config = learner.config
-    assert config.best_return * config.reward_scale > 0 and config.expectile == 0.7
-    scaled = learner.windows.reward.numpy() * config.reward_scale
-    assert np.allclose(scaled, returns * config.reward_scale)
+def test_rewards_are_scaled_as_iql_does(learner, hopper_file):
+    """1000 / (highest return - lowest), in the targets of both kinds."""
+    data = vdt.read_dataset(vdt.parse_env(ENV), (str(hopper_file),))
+    scale = 1000 / (data.returns.max() - data.returns.min())
+    assert learner.config.reward_scale == pytest.approx(scale) and learner.config.expectile == 0.7
+    ended = data.terminals[data.ends - 1]
+    for n, targets in zip((10**6, learner.config.n_step), learner.rows.targets):
+        sums = vdt.n_step_sums(data.rewards * scale, data.ends, ended, n, 0.99)[0]
+        torch.testing.assert_close(targets[0], torch.as_tensor(sums), rtol=1e-4, atol=1e-3)
+
+
+def test_antmazes_critic_sees_r_minus_1_unscaled(antmaze_file):
     task = vdt.parse_env("antmaze-umaze-tiny")
-    data = SimpleNamespace(lengths=np.array([20]), returns=np.array([0.0, 1.0]))
-    antmaze = vdt.resolve(vdt.Args(), task, data, CPU)
-    assert (antmaze.reward_scale, antmaze.expectile) == (1.0, 0.9)
+    data = vdt.read_dataset(task, (str(antmaze_file),))
+    args = vdt.Args(embed_dim=16, n_layer=1, n_head=2, context_len=4, critic_width=16, n_step=1)
+    config = vdt.resolve(args, task, data, CPU)
+    learner = vdt.Training(task, data, vdt.Windows(data, task, 4, CPU), config)
+    assert (config.reward_scale, config.expectile) == (1.0, 0.9)
+    sums = learner.rows.targets[1][0]
+    assert torch.equal(sums[learner.rows.usable], torch.as_tensor(data.rewards - 1)[learner.rows.usable])
+
+
+def test_the_policy_asks_the_target_critic(learner):
+    """In advantages and Q term: the online critic does not matter, the target one does."""
+    losses = []
+    for name in (None, "critic", "target_critic"):
+        for p in getattr(learner, name).parameters() if name else ():
+            p.data.add_(0.1)
+        state = {k: v.clone() for k, v in learner.policy.state_dict().items()}
+        learner.generator.manual_seed(5), torch.manual_seed(5)
+        losses.append(learner.step(20)[3].item())
+        learner.policy.load_state_dict(state)
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_the_model_learns_from_pairs_within_episodes_that_are_not_held_out(monkeypatch):
+    monkeypatch.setattr(vdt, "HELD_OUT", 3)
+    lengths = np.array([3, 1, 4, 2])
+    ends, N = np.cumsum(lengths), 10
+    data = SimpleNamespace(ends=ends, lengths=lengths, terminals=np.zeros(N, bool), rewards=np.arange(N, dtype="f4"))
+    windows = SimpleNamespace(obs=torch.zeros(N, 2), act=torch.zeros(N, 1), rtg=torch.zeros(N), reward=torch.zeros(N))
+    rows = vdt.Transitions(data, windows, SimpleNamespace(reward_scale=1.0, n_step=2, gamma=0.9))
+    assert rows.learn.tolist() == [0, 1, 8] and rows.test.tolist() == [4, 5, 6]
 
 
 # ---- the planner
 
 
-class Table(nn.Module):
-    """A policy whose action is the RTG, a critic with Q by (state, action), a model that counts steps in the state."""
+class Asked(nn.Module):
+    """A policy whose action is the RTG."""
 
     def act(self, rtg, obs, act, timestep, valid):
         self.windows = (rtg, obs, act, timestep, valid)
         return rtg[:, -1:].clone()
 
 
-def plan(steps, offsets=(0.0, 1.0), q=((1, 4), (2, 1))):
-    q = torch.tensor(q, dtype=torch.float32)  # candidate, step
+def plan(steps, q, offsets=(0.0, 1.0), reward=0.0, rtg=(0.0, 0.0), timestep=(0, 1, 2)):
+    """q[candidate][step] = (Q_1, Q_2). The state counts the imagined steps, the action's sign tells the candidate."""
+    q = torch.tensor(q)
 
-    def critic(obs, act):  # the candidate is the sign of its action's offset; the state counts the imagined steps
-        chosen = q[(act[:, 0] > 0.5).long(), obs[:, 0].long()]
-        return torch.stack([chosen, chosen + 5])
+    def critic(obs, act):
+        return q[(act[:, 0] > 0.5).long(), obs[:, 0].long()].T
 
-    def model(obs, act):
-        return obs + 1, torch.zeros(len(obs))
-
-    policy = Table()
+    policy, K, B = Asked(), 3, len(rtg)
     planner = vdt.Plan(policy, nn.Identity(), nn.Identity(), offsets, 1000.0, 0.5, steps)
-    planner.critic.forward, planner.model.forward = critic, model
-    K = 3
-    window = (torch.zeros(1, K), torch.zeros(1, K, 1), torch.zeros(1, K, 1), torch.arange(K)[None])
-    return planner.act(*window, torch.tensor([[False, True, True]])).item(), policy
+    planner.critic.forward = critic
+    planner.model.forward = lambda obs, act: (obs + 1, torch.full((len(obs),), reward))
+    context = torch.tensor(rtg)[:, None] * torch.tensor([0.0, 1, 1])
+    window = (context, torch.zeros(B, K, 1), torch.zeros(B, K, 1), torch.tensor(timestep).expand(B, K))
+    valid = torch.tensor([[False, True, True]]).expand(B, K)
+    return planner.act(*window, valid)[:, 0].tolist(), policy.windows
+
+
+def twice(*rows):
+    return [[(x, x) for x in row] for row in rows]
 
 
 def test_the_planner_by_hand():
     """gamma 0.5, candidate Qs (1, 4) and (2, 1): two steps prefer the first (3 > 2.5), one step the second."""
-    assert plan(2)[0] == 0.0 and plan(1)[0] == 1.0
-    assert plan(1, offsets=(0.0,))[0] == 0.0  # one candidate: the request itself
+    q = twice((1.0, 4.0), (2.0, 1.0))
+    assert plan(2, q)[0] == [0.0, 0.0] and plan(1, q)[0] == [1.0, 1.0]
+    assert plan(1, q, offsets=(0.0,))[0] == [0.0, 0.0]  # one candidate: the request itself
+    # (1, 2) against (1.6, 1): 2 < 2.1 with gamma, 3 > 2.6 without
+    assert plan(2, twice((1.0, 2.0), (1.6, 1.0)))[0] == [1.0, 1.0]
+
+
+def test_the_planner_takes_the_smaller_q_at_every_step():
+    assert plan(1, [[(3.0, 0.0)], [(1.0, 2.0)]])[0] == [1.0, 1.0]
+    assert plan(2, [[(1.0, 1.0), (9.0, 0.0)], [(1.0, 1.0), (1.0, 2.0)]])[0] == [1.0, 1.0]
 
 
 def test_imagined_windows_move_on_by_one_step():
-    _, policy = plan(2)
-    rtg, obs, act, timestep, valid = policy.windows
-    assert rtg.tolist() == [[0, 0, 0], [1, 1, 1]]  # padding keeps its zero until it leaves the window
-    assert obs[..., 0].tolist() == [[0, 0, 1]] * 2 and act[..., 0].tolist() == [[0, 0, 0], [0, 1, 0]]
-    assert timestep.tolist() == [[1, 2, 3]] * 2 and valid.all()
+    """Two rows with two candidates each; a predicted reward of 100 lowers the RTG by 0.1."""
+    q = twice((0.0, 0.0), (0.0, 0.0))
+    _, (rtg, obs, act, timestep, valid) = plan(2, q, reward=100.0, rtg=(0.25, -0.5), timestep=(997, 998, 999))
+    expected = [[x, x, x - 0.1] for x in (0.25, 1.25, -0.5, 0.5)]
+    torch.testing.assert_close(rtg, torch.tensor(expected))
+    assert obs[..., 0].tolist() == [[0, 0, 1]] * 4 and valid.all()
+    assert act[..., 0].tolist() == [[0, x, 0] for x in (0.25, 1.25, -0.5, 0.5)]
+    assert timestep.tolist() == [[998, 999, 999]] * 4  # the last row of the timestep embedding
+    _, (rtg, *_) = plan(1, q, rtg=(0.25, -0.5))
+    assert rtg[:, 0].tolist() == [0.0] * 4  # padding keeps its zero
 
 
 def test_the_model_learns_and_imagines():
@@ -205,18 +254,18 @@ def test_the_model_learns_and_imagines():
     target = torch.cat([0.1 * act, act[:, :1]], dim=1)
     model.fit_scale(target)
     opt = torch.optim.Adam(model.net.parameters(), lr=1e-3)
-    for i in range(600):
+    for i in range(1000):
         rows = torch.arange(256) * 7 + i
         vdt.descend(opt, model.loss(obs[rows % 5000], act[rows % 5000], target[rows % 5000]))
     with torch.no_grad():
         state, reward = model(obs, act)
-        assert ((state - obs - 0.1 * act).var() / (0.1 * act).var()).item() < 0.01
-        assert ((reward - act[:, 0]).var() / act[:, 0].var()).item() < 0.01
+        assert (((state - obs - 0.1 * act) ** 2).mean() / (0.1 * act).var()).item() < 0.01
+        assert (((reward - act[:, 0]) ** 2).mean() / act[:, 0].var()).item() < 0.01
         imagined, first = obs[:100], obs[:100]
         for _ in range(5):
             imagined, _ = model(imagined, act[:100])
         gone = 0.5 * act[:100]
-        assert ((imagined - first - gone).norm() / gone.norm()).item() < 0.05
+        assert ((imagined - first - gone).norm() / gone.norm()).item() < 0.02
     assert model(torch.full((1, 2), 99.0), act[:1])[0].abs().max() == vdt.MAX_STATE
 
 
