@@ -186,12 +186,8 @@ def test_a_step_applies_rate_decay_and_clipping(hopper_file, monkeypatch):
     args = radt.Args(embed_dim=16, n_layer=1, n_head=2, context_len=4, lr=1e-3, warmup_steps=10, total_steps=30)
     learner = radt.Imitation(task, radt.Windows(data, task, 4, CPU), radt.resolve(args, task, data, CPU))
     norms = []
-    step = learner.opt.step
-    monkeypatch.setattr(
-        learner.opt,
-        "step",
-        lambda: norms.append(sum(p.grad.norm() ** 2 for p in learner.opt.param_groups[0]["params"])),
-    )
+    weights = learner.opt.param_groups[0]["params"]
+    monkeypatch.setattr(learner.opt, "step", lambda: norms.append(sum(p.grad.norm() ** 2 for p in weights)))
     found = learner.step(4)
     (group,) = learner.opt.param_groups
     assert (group["lr"], group["weight_decay"]) == (pytest.approx(5e-4), 1e-4)
