@@ -111,9 +111,7 @@ SIZES = ("total_steps", "embed_dim", "n_layer", "n_head", "context_len", "batch_
 SIZES += ("value_steps", "warm_start_steps", "critic_width", "model_steps")
 PAPER = dict(zip(SIZES, (100_000, 256, 6, 4, 20, 256, 3e-4, 1_000_000, 0, 256, 50_000)))
 SMALL = dict(zip(SIZES, (5_000, 64, 2, 2, 10, 64, 1e-3, 10_000, 9_000, 128, 5_000)))
-CRITIC_LR, CRITIC_BATCH, TAU, MAX_WEIGHT, MAX_GRAD_NORM = 3e-4, 256, 0.005, 100.0, 15.0
 CANDIDATES, MODEL_WIDTH, MAX_STATE = (0.5, 0.75, 1.0, 1.2, 1.5), 256, 10.0  # of the planner: times the best return
-HELD_OUT = 10  # every tenth episode only tests the model
 LOG_EVERY = 100  # gradient steps per row of metrics.csv
 
 
@@ -318,7 +316,10 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 # ======== end of shared: windows ========
 
 
-# ---- Q and V
+# ======== shared: vdt ========
+
+CRITIC_LR, CRITIC_BATCH, TAU, MAX_WEIGHT, MAX_GRAD_NORM = 3e-4, 256, 0.005, 100.0, 15.0
+HELD_OUT = 10  # every tenth episode only tests the model
 
 
 class Transitions:
@@ -368,9 +369,6 @@ def value_loss(v, target_q, expectile: float) -> torch.Tensor:
     return ((expectile - (u < 0).float()).abs() * u**2).mean()
 
 
-# ---- the policy
-
-
 def policy_loss(a_hat, act, adv, q_hat, valid, eta: float, q_weight: float):
     """mean(w (a - a_hat)^2) - lambda / nu mean(min_i Q'_i(s, a_hat)); also the action loss, mean and clipped w, nu.
 
@@ -384,6 +382,64 @@ def policy_loss(a_hat, act, adv, q_hat, valid, eta: float, q_weight: float):
     loss = masked_mean(w * error, valid) - q_weight / nu.clamp(min=1e-6) * masked_mean(q, valid)
     clipped = masked_mean((w == MAX_WEIGHT).float(), valid)
     return loss, (masked_mean(error, valid).detach(), masked_mean(w, valid), clipped, nu)
+
+
+class ValueGuided:
+    """Policy, twin Q and V, and one gradient step of each."""
+
+    def __init__(self, task: "Task", config, device: torch.device):
+        """Sets torch's global seed."""
+        self.config = config
+        torch.manual_seed(config.seed)  # of the weights and of dropout
+        self.generator = torch.Generator(device).manual_seed(config.seed)  # of all batches
+        self.policy = make_policy(task, vars(config), config.bf16).to(device)
+        self.critic = MLP(2, task.obs_dim + task.act_dim, config.critic_width).to(device)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.value = MLP(1, task.obs_dim, config.critic_width).to(device)
+        self.value_opt = torch.optim.Adam([*self.critic.parameters(), *self.value.parameters()], CRITIC_LR, fused=True)
+        self.actor_opt = torch.optim.Adam(self.policy.parameters(), config.actor_lr, fused=True)
+        nets = dict(policy=self.policy, critic=self.critic, target_critic=self.target_critic, value=self.value)
+        self.parts = nets | dict(value_opt=self.value_opt, actor_opt=self.actor_opt)  # what resume.pt holds
+
+    def draw(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows[torch.randint(len(rows), (CRITIC_BATCH,), generator=self.generator, device=rows.device)]
+
+    def value_step(self, rows: Transitions, whole: bool) -> dict:
+        """Q and V, with whole returns or n steps as Q's targets; returns what to log."""
+        i, (sums, boot, discount, _) = self.draw(rows.usable), rows.targets[not whole]
+        with torch.no_grad():
+            y = sums[i] + discount[i] * self.value(rows.obs[boot[i]]).squeeze(0)
+            target_q = self.target_critic(rows.obs[i], rows.act[i])
+        v_loss = value_loss(self.value(rows.obs[i]).squeeze(0), target_q, self.config.expectile)
+        q = self.critic(rows.obs[i], rows.act[i])  # (2, B)
+        q_loss = ((q - y) ** 2).mean(dim=1).sum()
+        descend(self.value_opt, q_loss + v_loss)
+        ema_update(self.target_critic, self.critic, TAU)
+        return {"q_loss": q_loss, "v_loss": v_loss, "q_mean": q[0].mean()}
+
+    def policy_step(self, windows: Windows, lr: float) -> dict:
+        """The policy; returns what to log."""
+        self.actor_opt.param_groups[0]["lr"] = lr
+        batch = windows.sample(self.config.batch_size, self.generator)
+        a_hat, _ = self.policy(*batch[:5])
+        with torch.no_grad():
+            adv = self.target_critic(batch.obs, batch.act).amin(dim=0) - self.value(batch.obs).squeeze(0)
+        q_hat = self.target_critic(batch.obs, a_hat)
+        loss, found = policy_loss(a_hat, batch.act, adv, q_hat, batch.valid, self.config.eta, self.config.q_weight)
+        descend(self.actor_opt, loss, MAX_GRAD_NORM)
+        return dict(zip(("loss", "action_loss", "weight", "clipped", "nu"), (loss, *found)))
+
+
+def descend(opt: torch.optim.Optimizer, loss: torch.Tensor, max_norm: float = math.inf) -> None:
+    """One gradient step with the norm clipped."""
+    opt.zero_grad()
+    loss.backward()
+    if max_norm < math.inf:
+        nn.utils.clip_grad_norm_(opt.param_groups[0]["params"], max_norm)
+    opt.step()
+
+
+# ======== end of shared: vdt ========
 
 
 # ---- the planner
@@ -469,35 +525,20 @@ INFERENCE = {"plan": make_planner}  # what evaluate_alignment.py --high-targets 
 # ---- training
 
 
-class Training:
-    """The networks, and one gradient step of whichever phase it is in."""
+class Training(ValueGuided):
+    """The networks with the environment model, and one gradient step of whichever phase it is in."""
 
     metrics = ("q_loss", "v_loss", "q_mean", "loss", "action_loss", "weight", "clipped", "nu", "model_loss")
 
     def __init__(self, task: "Task", data: "Dataset", windows: Windows, config: Config):
-        """Sets torch's global seed."""
-        self.windows, self.config, device = windows, config, windows.rtg.device
-        self.rows = Transitions(data, windows, config)
-        torch.manual_seed(config.seed)  # of the weights and of dropout
-        self.generator = torch.Generator(device).manual_seed(config.seed)  # of all batches
-        self.policy = make_policy(task, vars(config), config.bf16).to(device)
-        self.critic = MLP(2, task.obs_dim + task.act_dim, config.critic_width).to(device)
-        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.value = MLP(1, task.obs_dim, config.critic_width).to(device)
+        device = windows.rtg.device
+        super().__init__(task, config, device)
+        self.windows, self.rows = windows, Transitions(data, windows, config)
         self.model = Model(task.obs_dim, task.act_dim, MODEL_WIDTH).to(device)
         if len(self.rows.learn):
             self.model.fit_scale(self.change_and_reward(self.rows.learn))
-        adam = torch.optim.Adam
-        self.value_opt = adam([*self.critic.parameters(), *self.value.parameters()], lr=CRITIC_LR, fused=True)
-        self.actor_opt = adam(self.policy.parameters(), lr=config.actor_lr, fused=True)
-        self.model_opt = adam(self.model.net.parameters(), lr=CRITIC_LR, fused=True)
-        nets = dict(policy=self.policy, critic=self.critic, target_critic=self.target_critic, value=self.value)
-        opts = dict(value_opt=self.value_opt, actor_opt=self.actor_opt, model_opt=self.model_opt)
-        self.parts = nets | {"model": self.model} | opts  # what resume.pt holds
-
-    def draw(self, rows: torch.Tensor) -> torch.Tensor:
-        size = (CRITIC_BATCH,)
-        return rows[torch.randint(len(rows), size, generator=self.generator, device=rows.device)]
+        self.model_opt = torch.optim.Adam(self.model.net.parameters(), CRITIC_LR, fused=True)
+        self.parts |= dict(model=self.model, model_opt=self.model_opt)
 
     def change_and_reward(self, i: torch.Tensor) -> torch.Tensor:
         rows = self.rows
@@ -505,44 +546,18 @@ class Training:
 
     def step(self, step: int) -> torch.Tensor:
         """Gradient step number `step` of all phases; returns the values of `metrics` (9,), 0 where not computed."""
-        config, values = self.config, {}
+        config, rows = self.config, self.rows
         if step < config.value_steps:
-            self.value_step(step, values)
-        elif step < config.value_steps + config.total_steps:
-            self.policy_step(step - config.value_steps, values)
+            values = self.value_step(rows, whole=step < config.warm_start_steps)
+        elif (step := step - config.value_steps) < config.total_steps:
+            cosine = 0.5 * (1 + math.cos(math.pi * step / config.total_steps))
+            values = self.policy_step(self.windows, config.actor_lr * cosine)
         else:
-            i = self.draw(self.rows.learn)
-            values["model_loss"] = self.model.loss(self.rows.obs[i], self.rows.act[i], self.change_and_reward(i))
+            i = self.draw(rows.learn)
+            values = {"model_loss": self.model.loss(rows.obs[i], rows.act[i], self.change_and_reward(i))}
             descend(self.model_opt, values["model_loss"])
         zero = torch.zeros((), device=self.windows.rtg.device)
         return torch.stack([values.get(name, zero).detach() for name in self.metrics])
-
-    def value_step(self, step: int, values: dict) -> None:
-        config, rows = self.config, self.rows
-        i = self.draw(rows.usable)
-        sums, boot, discount, _ = rows.targets[step >= config.warm_start_steps]
-        with torch.no_grad():
-            y = sums[i] + discount[i] * self.value(rows.obs[boot[i]]).squeeze(0)
-            target_q = self.target_critic(rows.obs[i], rows.act[i])
-        values["v_loss"] = value_loss(self.value(rows.obs[i]).squeeze(0), target_q, config.expectile)
-        q = self.critic(rows.obs[i], rows.act[i])  # (2, B)
-        values["q_loss"], values["q_mean"] = ((q - y) ** 2).mean(dim=1).sum(), q[0].mean()
-        descend(self.value_opt, values["q_loss"] + values["v_loss"])
-        ema_update(self.target_critic, self.critic, TAU)
-
-    def policy_step(self, step: int, values: dict) -> None:
-        config = self.config
-        self.actor_opt.param_groups[0]["lr"] = (
-            config.actor_lr * 0.5 * (1 + math.cos(math.pi * step / config.total_steps))
-        )
-        batch = self.windows.sample(config.batch_size, self.generator)
-        a_hat, _ = self.policy(*batch[:5])
-        with torch.no_grad():
-            adv = self.target_critic(batch.obs, batch.act).amin(dim=0) - self.value(batch.obs).squeeze(0)
-        q_hat = self.target_critic(batch.obs, a_hat)
-        loss, found = policy_loss(a_hat, batch.act, adv, q_hat, batch.valid, config.eta, config.q_weight)
-        values |= dict(zip(("loss", "action_loss", "weight", "clipped", "nu"), (loss, *found)))
-        descend(self.actor_opt, loss, MAX_GRAD_NORM)
 
     @torch.no_grad()
     def model_r2(self) -> list[float]:
@@ -552,15 +567,6 @@ class Training:
         true, error = self.change_and_reward(i), torch.cat([state - self.rows.obs[i], reward[:, None]], dim=1)
         error = ((error - true) ** 2).mean(dim=0) / true.var(dim=0, correction=0).clamp(min=1e-12)
         return (1 - error).tolist()
-
-
-def descend(opt: torch.optim.Optimizer, loss: torch.Tensor, max_norm: float = math.inf) -> None:
-    """One gradient step with the norm clipped."""
-    opt.zero_grad()
-    loss.backward()
-    if max_norm < math.inf:
-        nn.utils.clip_grad_norm_(opt.param_groups[0]["params"], max_norm)
-    opt.step()
 
 
 def main() -> None:
