@@ -413,12 +413,7 @@ def main() -> None:
 # ======== shared: results ========
 
 
-BASELINES = (
-    "train_radt",
-    "train_vdt",
-    "train_qt",
-    "train_rvdt",
-)  # the scripts in baselines/ whose policies can be rolled out, too
+BASELINES = ("train_radt", "train_vdt", "tune_vdt", "train_qt", "train_rvdt")  # in baselines/, with policies as here
 
 
 class Trained(NamedTuple):

@@ -325,7 +325,7 @@ HELD_OUT = 10  # every tenth episode only tests the model
 class Transitions:
     """All rows of the dataset as Q, V and the model see them; reward scaled, observations standardised."""
 
-    def __init__(self, data: "Dataset", windows: Windows, config: Config):
+    def __init__(self, data: "Dataset", windows: Windows, config):
         device = windows.rtg.device
         self.obs, self.act, rewards = windows.obs, windows.act, windows.reward.cpu().numpy() * config.reward_scale
         ended = data.terminals[data.ends - 1]

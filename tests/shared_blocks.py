@@ -12,6 +12,7 @@ STAGES = (
     "data/collect_dataset.py",
     "baselines/train_radt.py",
     "baselines/train_vdt.py",
+    "baselines/tune_vdt.py",
     "baselines/train_qt.py",
     "baselines/train_rvdt.py",
 )

@@ -1,0 +1,174 @@
+"""baselines/tune_vdt.py: the buffer by hand, what is sampled and relabelled, the rollout, resuming bit by bit."""
+
+import numpy as np
+import pytest
+import torch
+import train_vdt as vdt
+import tune_vdt as tune
+from conftest import ENV, argv, call
+from test_vdt import TINY
+
+import evaluate_alignment as stage3
+
+CPU = torch.device("cpu")
+ONLINE = "--device cpu --env-steps 400 --updates 3 --eval-rollouts 1 --eval-every 2 --capacity 20".split()
+
+
+def dataset(returns, lengths=None) -> tune.Dataset:
+    """Episodes of these returns: all of it in the first reward; the observation is the episode's index."""
+    lengths = np.array(lengths or [2] * len(returns))
+    ends, N = np.cumsum(lengths), int(np.sum(lengths))
+    rewards = np.zeros(N, np.float32)
+    rewards[ends - lengths] = returns
+    obs = np.repeat(np.arange(len(returns), dtype=np.float32), lengths)[:, None]
+    terminals = np.isin(np.arange(N), ends - 1)
+    return tune.Dataset(obs, np.zeros((N, 1), np.float32), rewards, terminals, ends, "by hand", False)
+
+
+def trajectory(ret, length=2):
+    reward = np.zeros(length, np.float32)
+    reward[0] = ret
+    return np.zeros((length, 1), np.float32), np.zeros((length, 1), np.float32), reward, False
+
+
+def test_the_oldest_goes_first_and_that_is_the_worst_offline_one():
+    buffer = tune.Buffer(dataset([5.0, 1, 9, 7]), capacity=3)
+    contents = [[slot[2].sum() for slot in buffer.slots]]
+    for ret in (2, 3, 4, 1):
+        buffer.add(trajectory(ret))
+        contents.append(sorted(slot[2].sum() for slot in buffer.slots))
+    assert contents == [[5, 7, 9], [2, 7, 9], [2, 3, 9], [2, 3, 4], [1, 3, 4]]
+
+
+def test_a_buffer_that_is_not_full_grows_first():
+    buffer = tune.Buffer(dataset([5.0, 1]), capacity=3)
+    for ret, expected in ((2, [1, 5, 2]), (3, [3, 5, 2]), (4, [3, 4, 2])):
+        buffer.add(trajectory(ret))
+        assert [slot[2].sum() for slot in buffer.slots] == expected
+
+
+def test_every_stored_transition_starts_a_window_equally_often():
+    offline = dataset([1.0, 2], [2, 6])
+    data = tune.Buffer(offline, 5).dataset(offline)
+    task = tune.parse_env("hopper-mini")
+    windows = tune.Windows(data, task, 3, CPU)
+    batch = windows.sample(80_000, torch.Generator().manual_seed(0))
+    first = batch.valid.int().argmax(dim=1, keepdim=True)
+    episode, t = batch.obs.gather(1, first[..., None]).squeeze(), batch.timestep.gather(1, first).squeeze(1)
+    which = 2 * (episode > 0).long() + t + 4 * (episode > 0).long()
+    share = torch.bincount(which)[torch.bincount(which) > 0] / 80_000
+    assert len(share) == 8 and share.tolist() == pytest.approx([1 / 8] * 8, abs=0.005)
+
+
+def test_tokens_say_what_was_collected_and_statistics_stay_offline():
+    """Rewards 1, 2, 3: normalised RTG 0.006, 0.005, 0.003, whatever was asked for."""
+    offline = dataset([1.0, 2])
+    buffer = tune.Buffer(offline, 5)
+    buffer.add((np.full((3, 1), 50, np.float32), np.zeros((3, 1), np.float32), np.array([1, 2, 3], np.float32), False))
+    data = buffer.dataset(offline)
+    assert (data.returns_to_go()[-3:] / 1000).tolist() == pytest.approx([0.006, 0.005, 0.003])
+    assert data.obs_mean is offline.obs_mean and data.obs_std is offline.obs_std
+    assert data.terminals.tolist() == [False, True, False, True, False, False, False]  # the new one was a timeout
+
+
+class Asked(torch.nn.Module):
+    """A policy that remembers the RTG, and acts by it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.seen = torch.nn.Parameter(torch.zeros(1)), []
+
+    def act(self, rtg, obs, act, timestep, valid):
+        self.seen.append([x[0].clone() for x in (rtg, act, timestep, valid)])
+        return torch.full((1, 3), 0.95)
+
+
+def test_a_rollout_is_gymnasiums_and_its_noise_is_clipped():
+    task, offline = tune.parse_env("hopper-mini"), tune.read_dataset(tune.parse_env("hopper-mini"), ())
+    policy, generator = Asked(), torch.Generator().manual_seed(1)
+    obs, act, reward, terminal = tune.run_episode(policy, task, 3, 500.0, offline, 7, noise=0.1, generator=generator)
+    env = tune.make_env("Hopper-v4")
+    observation, total = env.reset(seed=7)[0], 0.0
+    for t in range(len(reward)):
+        assert np.allclose(obs[t], observation, atol=1e-5)
+        assert policy.seen[t][0][-1].item() == pytest.approx((500 - total) / 1000, abs=1e-6)
+        observation, r, terminated, _, _ = env.step(act[t].astype(np.float64))
+        total += r
+        assert reward[t] == pytest.approx(r, rel=1e-5) and terminated == (t == len(reward) - 1)
+    assert terminal and act.max() == 1.0 and 0.05 < np.std(act) < 0.15
+    rtg, actions, timestep, valid = policy.seen[1]
+    assert valid.tolist() == [False, True, True] and timestep.tolist() == [0, 0, 1]
+    assert actions[1].tolist() == act[0].tolist() and not actions[2].any()
+
+
+# ---- files and command lines
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory, hopper_file):
+    runs = tmp_path_factory.mktemp("tune")
+    assert call(vdt, *argv(hopper_file, runs, *TINY))[0] == 0
+    code, out, err = call(tune, *argv(hopper_file, runs, *ONLINE))
+    assert code == 0, err
+    return runs, out
+
+
+def test_it_collects_learns_and_reports(tuned, run_main, tmp_path):
+    runs, out = tuned
+    folder = runs / f"{ENV}__tune_vdt__1"
+    rows = [line.split(",") for line in (folder / "online.csv").read_text().split()]
+    assert rows[0] == ["step", "episodes", "collected_score", "score"]
+    assert int(rows[-1][0]) >= 400 and [int(row[1]) for row in rows[1:]] == list(range(len(rows) - 1))
+    assert "before" in out and "after" in out and f"{int(rows[-1][0]):,} steps" in out
+    old, new = (torch.load(runs / f"{ENV}__{x}__1" / "policy.pt", weights_only=True) for x in ("train_vdt", "tune_vdt"))
+    for part in ("policy", "critic", "value"):
+        assert any(not torch.equal(x, old[part][name]) for name, x in new[part].items()), part
+    assert new["model"] is None and torch.equal(new["obs_mean"], old["obs_mean"])
+    (copy := tmp_path / "policy.pt").write_bytes((folder / "policy.pt").read_bytes())
+    code, _, err = run_main(stage3, "--checkpoint", copy, "--rollouts", 1, "--device", "cpu")
+    assert code == 0 and stage3.load_policy(copy, "fp32", CPU).identity()["method"] == "VDT, tuned online", err
+
+
+def test_killed_and_resumed_ends_with_the_same_bits(tuned, run_main, hopper_file, tmp_path, monkeypatch):
+    runs, _ = tuned
+    source = runs / f"{ENV}__train_vdt__1" / "policy.pt"
+    flags = argv(hopper_file, tmp_path, *ONLINE, "--checkpoint", source, "--checkpoint-minutes", 0)
+    with monkeypatch.context() as m:
+        step, calls = tune.Tuning.round, []
+
+        def killed(self, *args):
+            calls.append(args)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            step(self, *args)
+
+        m.setattr(tune.Tuning, "round", killed)
+        assert run_main(tune, *flags)[0] == 130
+    code, _, err = run_main(tune, *flags)
+    assert code == 0, err
+    for name in ("policy.pt", "resume.pt"):
+        ours, whole = (torch.load(f / f"{ENV}__tune_vdt__1" / name, weights_only=True) for f in (tmp_path, runs))
+        for part in ("policy", "critic", "value"):
+            assert all(torch.equal(x, whole[part][key]) for key, x in ours[part].items()), (name, part)
+    slots = ours["counters"]["buffer"]["slots"], whole["counters"]["buffer"]["slots"]
+    assert all(torch.equal(x[2], y[2]) for x, y in zip(*slots)) and len(slots[0]) == len(slots[1])
+
+
+def test_a_dt_is_tuned_by_imitation_alone(pipeline, run_main, hopper_file, tmp_path):
+    code, out, err = run_main(tune, *argv(hopper_file, tmp_path, *ONLINE, "--checkpoint", pipeline.dt))
+    assert code == 0 and ": DT of " in out, err
+    new = torch.load(tmp_path / f"{ENV}__tune_vdt__1" / "policy.pt", weights_only=True)
+    assert new["config"]["method"] == "DT, tuned online" and new["critic"] is None
+
+
+def test_bad_input_is_one_line(tuned, pipeline, run_main, hopper_file, tmp_path):
+    runs, _ = tuned
+    for flags, said in (
+        (["--checkpoint", pipeline.policy], "of Q-Align DT"),
+        (["--checkpoint", tmp_path / "none.pt"], "No such file"),
+        (["--env", "hopper-expert-tiny", "--checkpoint", pipeline.dt], "was trained on --env"),
+        (["--env", "antmaze-umaze-tiny"], "no simulator of AntMaze"),
+        (["--env-steps", "0"], "--env-steps"),
+    ):
+        code, out, err = run_main(tune, *argv(hopper_file, tmp_path / "runs", *ONLINE, *flags))
+        assert code == 2 and said in out + err and not (tmp_path / "runs").exists(), (said, err)
