@@ -382,13 +382,9 @@ def main() -> None:
             rows += [which | row for row in result["velocities"]]
             ends = ", ".join(f"RTG {end['best_rtg']:.0f} at {end['velocity']:g} m/s" for end in result["ends"])
             print(f"\n{record['checkpoint']}: best of {result['budget']} candidates {ends}")
+            error = f"{result['tracking_error']:.2f} m/s per step, {result['velocity_error']:.2f} m/s per episode"
             still = f"standing still {result['standing_still']:.1f}"
-            print(
-                f"{result['calibration']}: mean return {result['return_mean']:.1f} ({still}), tracking error per step"
-            )
-            print(
-                f"{result['tracking_error']:.2f} m/s, of an episode's mean velocity {result['velocity_error']:.2f} m/s"
-            )
+            print(f"{result['calibration']}: mean return {result['return_mean']:.1f} ({still}), tracking error {error}")
             columns = [k for k in result["velocities"][0] if not k.endswith("std")]
             print("".join(f"{k:>15}" for k in columns))
             for row in result["velocities"]:
