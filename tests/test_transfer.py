@@ -3,9 +3,11 @@
 import csv
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -378,3 +380,37 @@ def test_video_without_opengl_is_one_line_and_writes_nothing(runs, command, monk
     code, out, err = command("--checkpoint", runs.dt, "--video", 1.0)
     assert code == 2 and out == "" and len(err.splitlines()) == 1
     assert err.startswith("error: --video: MuJoCo finds no OpenGL here") and files(runs.folder) == before
+
+
+def test_the_whole_path_on_a_cut_of_halfcheetah_mini(command, run_main, tmp_path):
+    """Data that come with the code -> stage 1 -> stage 2 -> calibration and transfer."""
+    import pretrain_q
+
+    root = Path(transfer.__file__).parent
+    with h5py.File(root / "data/halfcheetah-mini.hdf5") as f, h5py.File(tmp_path / "cut.hdf5", "w") as cut:
+        for key in f:
+            cut[key] = f[key][:3000]
+    common = ["--env", "halfcheetah-mini", "--dataset-path", tmp_path / "cut.hdf5", "--runs-dir", tmp_path]
+    common += ["--device", "cpu", "--critic-width", 16]
+    assert run_main(pretrain_q, *common, "--total-steps", 20)[0] == 0
+    flags = ["--embed-dim", 16, "--total-steps", 20, "--eval-every", 0, "--precision", "fp32"]
+    code, _, err = run_main(train_qalign_dt, *common, *flags)
+    assert code == 0, err
+    code, out, err = command("--env", "halfcheetah-mini", "--runs-dir", tmp_path, *QUICK, "--calibration", "monotone")
+    assert code == 0 and "monotone: mean return" in out, err
+    result = json.loads((tmp_path / "halfcheetah-mini__train_qalign_dt__1" / "transfer.json").read_text())
+    assert result["method"] == "Q-Align DT" and "cut.hdf5" in result["trained_on"]["label"]
+    returns = [f(result["data_returns"]) for f in (min, max)]
+    assert returns == result["data_returns"] and -600 < returns[0] < returns[1] < 6000
+
+
+def test_halfcheetah_mini_has_every_speed_and_each_return_means_one():
+    """What its README says of it: 20 stretches of 200 steps or more at each speed, and steady episodes."""
+    with h5py.File(Path(transfer.__file__).parent / "data/halfcheetah-mini.hdf5") as f:
+        rewards, actions, attributes = f["rewards"][:], f["actions"][:], dict(f.attrs)
+    velocity = (rewards + 0.1 * np.square(actions).sum(axis=1)).reshape(80, 5, 200).mean(axis=2)  # of each stretch
+    assert (np.histogram(velocity, np.arange(0, 6, 0.5))[0] >= 20).all()
+    assert np.abs(velocity - velocity.mean(axis=1, keepdims=True)).mean() < 0.2
+    returns = rewards.reshape(80, 1000).sum(axis=1)
+    assert np.corrcoef(returns, velocity[:, 0])[0, 1] > 0.95  # the first stretch already tells the return
+    assert attributes["steady"] and attributes["policy_return"].max() > 5000 and returns.min() < 0
