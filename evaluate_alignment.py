@@ -432,7 +432,8 @@ def plot_behaviour(records: list[dict], curves: list[dict], seconds_per_step: fl
         time, color = seconds_per_step * np.arange(1, len(mean) + 1), (0.1 + 0.2 * i, 0.3, 0.9 - 0.2 * i)
         right.plot(time, mean, color=color, linewidth=1, label=f"target {curve['target_return']:.0f}")
         right.fill_between(time, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
-    right.set(xlabel="time (s), while any rollout lasts", ylabel=f"forward velocity (m/s), {label_of(records[0])}")
+    right.set(xlabel="time (s), while any rollout lasts", ylabel="forward velocity (m/s)")
+    right.set_title(label_of(records[0]), fontsize="small")
     for axes in (left, right):
         axes.legend(fontsize="small")
     figure.suptitle(title, fontsize="small")
