@@ -475,14 +475,12 @@ def baseline(name: str):
     return module
 
 
-def new_figure(*shape, **options):
+def new_figure(*shape, figsize, **options):
     """Matplotlib's figure and axes, without a screen."""
-    import matplotlib  # imported here: it takes a while
+    from matplotlib.figure import Figure  # imported here: it takes a while
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(*shape, layout="constrained", **options)
+    figure = Figure(figsize=figsize, layout="constrained")
+    axes = figure.subplots(*shape, **options)
     for one in np.ravel(axes):
         one.grid(alpha=0.3)
     return figure, axes
