@@ -368,7 +368,7 @@ def plot(records: dict[tuple[str, int], dict], title: str) -> bytes:
         axes.plot(x[:, 0], y.mean(axis=1), color=f"C{i}", linewidth=2.2, label=label)
     axes.plot(x[[0, -1], 0], x[[0, -1], 0], "--", color="0.5", label="achieved = target")
     axes.set(xlabel="target score", ylabel="achieved score (thin: each seed, thick: mean)")
-    axes.set_title(title.replace(", ", ",\n", 2), fontsize="x-small")
+    axes.set_title(title.replace("), ", "),\n", 1), fontsize="x-small")
     axes.legend(fontsize="small")
     figure.savefig(picture, format="png", dpi=110)
     return picture.getvalue()
