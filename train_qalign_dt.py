@@ -752,8 +752,8 @@ def load_checkpoint(path: Path, *stages: str) -> dict:
                 raise ValueError("damaged")
             content = torch.load(path, map_location="cpu", weights_only=True)
             if content["stage"] not in stages or content["format"] != FORMAT:
-                theirs, ours = (f"{content['stage']}.py in format {content['format']}", f"{stages[0]}.py in {FORMAT}")
-                fail(f"{path}: of {theirs}, not of {ours}")
+                found = f"of {content['stage']}.py in format {content['format']}"
+                fail(f"{path}: {found}, not of {stages[0]}.py in {FORMAT}")
             return content
     except OSError as error:
         fail(f"{path}: {error.strerror or one_line(error)}")

@@ -6,7 +6,7 @@ A Decision Transformer that is pulled towards actions of higher Q, whatever retu
 is trained on the policy's own last action:
 
     window_target     y_i = r_i + ... + gamma^{l-i} min_m Q'_m(s_l, a'_l), l the window's last step
-    policy_loss       L_SL - eta mean Q_i(s, a_hat) / mean |Q_j(s, a_hat)|, (i, j) by a fair coin
+    q_term            - mean Q_i(s, a_hat) / mean |Q_j(s, a_hat)|, (i, j) by a fair coin; eta times it joins L_SL
     Candidates        at test time: one action per candidate return, and the one of the highest Q acts
 
 The paper's text was not at hand: its authors' code ("the release", charleshsc/QT) stands in for it. Ours: stage 1's
@@ -355,6 +355,31 @@ def q_term(q_pair, valid, coin):
     return -masked_mean(q_i, valid) / masked_mean(q_j.detach().abs(), valid).clamp(min=1e-6)
 
 
+def descend(opt: torch.optim.Optimizer, loss: torch.Tensor, max_norm: float) -> None:
+    """One gradient step with the norm clipped."""
+    opt.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(opt.param_groups[0]["params"], max_norm)
+    opt.step()
+
+
+def stage_1(args: Args, config: Config, task: "Task", data: "Dataset") -> tuple[Config, dict]:
+    """The configuration with stage 1's discount, and the weights of its critic; exits 2 if it does not fit."""
+    path = Path(args.critic or Path(args.runs_dir) / f"{task.folder}__pretrain_q__{args.seed}" / "critic.pt")
+    if not path.is_file():
+        fail(f"{path} is missing: python pretrain_q.py --env {args.env} --seed {args.seed}, or --critic none")
+    content = load_checkpoint(path, "pretrain_q")
+    try:
+        if content["config"]["data"] != data.digest:
+            fail(f"{path}: a critic of other data ({content['data']['label']}); use that data, or another --runs-dir")
+        MLP(2, task.obs_dim + task.act_dim, config.critic_width).load_state_dict(content["critic"])
+        if not all(weight.isfinite().all() for weight in content["critic"].values()):
+            raise ValueError("weights that are not finite")
+        return replace(config, gamma=content["config"]["gamma"]), content["critic"]
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        fail(f"{path}: not a critic for this run ({one_line(error)}); check --critic-width, or train it again")
+
+
 # ======== end of shared: qt ========
 
 
@@ -414,14 +439,6 @@ class Training:
         return torch.stack([q_loss, q_mean, loss, action_loss, state_loss, term]).detach()
 
 
-def descend(opt: torch.optim.Optimizer, loss: torch.Tensor, max_norm: float) -> None:
-    """One gradient step with the norm clipped."""
-    opt.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(opt.param_groups[0]["params"], max_norm)
-    opt.step()
-
-
 class Candidates(nn.Module):
     """QT at test time: one action per candidate return, of which Q chooses one; the request matters as history only.
 
@@ -470,6 +487,8 @@ def main() -> None:
     config = resolve(args, task, data, device)
     identity = {name: value for name, value in vars(config).items() if name not in NOT_OF_THE_RUN}
     identity["data"] = data.digest
+    if config.critic == "none":  # otherwise gamma is stage 1's, known when its critic is read
+        identity["gamma"] = config.gamma
     folder = Path(args.runs_dir) / f"{task.folder}__{args.exp_name}__{args.seed}"
     finished = load_own(folder / "policy.pt", "train_qt", identity)
     if finished and finished.get("step") == config.total_steps:
@@ -519,24 +538,6 @@ def main() -> None:
 
 
 NOT_OF_THE_RUN = ("dataset_path", "runs_dir", "checkpoint_minutes", "gamma")  # of Config
-
-
-def stage_1(args: Args, config: Config, task: "Task", data: "Dataset") -> tuple[Config, dict]:
-    """The configuration with stage 1's discount, and the weights of its critic; exits 2 if it does not fit."""
-    path = Path(args.critic or Path(args.runs_dir) / f"{task.folder}__pretrain_q__{args.seed}" / "critic.pt")
-    if not path.is_file():
-        fail(f"{path} is missing: python pretrain_q.py --env {args.env} --seed {args.seed}, or --critic none")
-    content = load_checkpoint(path, "pretrain_q")
-    try:
-        if content["config"]["data"] != data.digest:
-            fail(f"{path}: a critic of other data ({content['data']['label']}); use that data, or another --runs-dir")
-        MLP(2, task.obs_dim + task.act_dim, config.critic_width).load_state_dict(content["critic"])
-        if not all(weight.isfinite().all() for weight in content["critic"].values()):
-            raise ValueError("weights that are not finite")
-        return replace(config, gamma=content["config"]["gamma"]), content["critic"]
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        fail(f"{path}: not a critic for this run ({one_line(error)}); check --critic-width, or train it again")
-
 
 # ======== shared: setup ========
 
@@ -602,8 +603,8 @@ def load_checkpoint(path: Path, *stages: str) -> dict:
                 raise ValueError("damaged")
             content = torch.load(path, map_location="cpu", weights_only=True)
             if content["stage"] not in stages or content["format"] != FORMAT:
-                theirs, ours = (f"{content['stage']}.py in format {content['format']}", f"{stages[0]}.py in {FORMAT}")
-                fail(f"{path}: of {theirs}, not of {ours}")
+                found = f"of {content['stage']}.py in format {content['format']}"
+                fail(f"{path}: {found}, not of {stages[0]}.py in {FORMAT}")
             return content
     except OSError as error:
         fail(f"{path}: {error.strerror or one_line(error)}")

@@ -72,7 +72,7 @@ class Args:
     seqra: bool = True  # cross-attention to the returns
     stepra: bool = True  # return-dependent LayerNorms; without, they have weights of their own
     alpha: bool = True  # adaptive scaling of SeqRA's output; without, it is added as it is
-    # the returns also stand in the token sequence; with --no-seqra --no-stepra that is a DT in RADT's setting
+    # a DT in RADT's setting: with --no-seqra --no-stepra, the returns stand in the token sequence instead
     rtg_tokens: bool = False
 
     def __post_init__(self):
@@ -80,8 +80,8 @@ class Args:
         check_args(self, at_least_1 | {"warmup_steps": 1})
         if self.embed_dim and self.n_head and self.embed_dim % self.n_head:
             raise ValueError(f"--embed-dim {self.embed_dim} is not a multiple of --n-head {self.n_head}")
-        if not (self.seqra or self.stepra or self.rtg_tokens):
-            raise ValueError("--no-seqra --no-stepra leaves no return in the network: add --rtg-tokens (a DT)")
+        if (self.seqra or self.stepra) == self.rtg_tokens:
+            raise ValueError("--no-seqra --no-stepra and --rtg-tokens go together: a DT in RADT's setting")
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,12 @@ def resolve(args: Args, task: "Task", data: "Dataset", device: torch.device) -> 
     values = vars(args) | defaults | {name: value for name, value in vars(args).items() if value is not None}
     values["device"] = device.type  # the random streams of CPU and CUDA differ, so a run stays on one kind
     values["max_timestep"] = max(HORIZON, int(data.lengths.max())) + values["context_len"]
-    parts = [name for name, used in (("SeqRA", args.seqra), ("StepRA", args.stepra)) if used]
-    values["method"] = f"RADT, {parts[0]} only" if len(parts) == 1 else "RADT" if parts else "DT in RADT's setting"
-    values["method"] += ", without alpha" * (args.seqra and not args.alpha) + " + RTG tokens" * bool(
-        args.rtg_tokens and parts
-    )
+    if args.rtg_tokens:
+        values["method"] = "DT in RADT's setting"
+    elif not (args.seqra and args.stepra):
+        values["method"] = f"RADT, {'SeqRA' if args.seqra else 'StepRA'} only"
+    if args.seqra and not args.alpha:
+        values["method"] = f"{values.get('method', 'RADT')}, without alpha"
     return Config(**values)
 
 
@@ -237,7 +238,7 @@ class Policy(nn.Module):
 
 
 def make_policy(task: "Task", config: dict, bf16: bool = False) -> Policy:
-    """The policy that a checkpoint's configuration describes (randomly initialised from torch's global generator)."""
+    """The policy that a checkpoint's configuration describes, always float32 (randomly initialised)."""
     names = ("embed_dim", "n_layer", "n_head", "max_timestep", "seqra", "stepra", "alpha", "rtg_tokens")
     return Policy(task.obs_dim, task.act_dim, *(config[name] for name in names))
 
@@ -461,8 +462,8 @@ def load_checkpoint(path: Path, *stages: str) -> dict:
                 raise ValueError("damaged")
             content = torch.load(path, map_location="cpu", weights_only=True)
             if content["stage"] not in stages or content["format"] != FORMAT:
-                theirs, ours = (f"{content['stage']}.py in format {content['format']}", f"{stages[0]}.py in {FORMAT}")
-                fail(f"{path}: of {theirs}, not of {ours}")
+                found = f"of {content['stage']}.py in format {content['format']}"
+                fail(f"{path}: {found}, not of {stages[0]}.py in {FORMAT}")
             return content
     except OSError as error:
         fail(f"{path}: {error.strerror or one_line(error)}")

@@ -5,7 +5,7 @@
 A Decision Transformer whose imitation is weighted by advantages, and which is pulled towards higher Q; and a planner
 that rolls several return requests out in a learned model and takes the best one's first action (Algorithm 3):
 
-    n_step_targets    y = r_t + ... + gamma^m V(s_{t+m}); never over an episode's end
+    n_step_sums       y = r_t + ... + gamma^m V(s_{t+m}); never over an episode's end
     value_loss        V is the expectile of min_i Q'_i(s, a)
     policy_loss       mean(w (a - a_hat)^2) - lambda / nu mean(min_i Q'_i(s, a_hat)), w = min(exp(eta adv), 100)
     Model             (s, a) -> the change of s, and r
@@ -696,8 +696,8 @@ def load_checkpoint(path: Path, *stages: str) -> dict:
                 raise ValueError("damaged")
             content = torch.load(path, map_location="cpu", weights_only=True)
             if content["stage"] not in stages or content["format"] != FORMAT:
-                theirs, ours = (f"{content['stage']}.py in format {content['format']}", f"{stages[0]}.py in {FORMAT}")
-                fail(f"{path}: of {theirs}, not of {ours}")
+                found = f"of {content['stage']}.py in format {content['format']}"
+                fail(f"{path}: {found}, not of {stages[0]}.py in {FORMAT}")
             return content
     except OSError as error:
         fail(f"{path}: {error.strerror or one_line(error)}")

@@ -169,8 +169,11 @@ def test_it_starts_from_stage_1s_critic_and_discount(trained, pipeline, run_main
     assert torch.load(trained / "policy.pt", weights_only=True)["config"]["gamma"] == expected["config"]["gamma"]
     code, _, err = run_main(qt, *argv(hopper_file, tmp_path, *TINY))
     assert code == 2 and "is missing: python pretrain_q.py" in err and err.count("\n") == 1
-    code, _, err = run_main(qt, *argv(hopper_file, tmp_path, *TINY, "--critic", "none", "--total-steps", 2))
+    random = argv(hopper_file, tmp_path, *TINY, "--critic", "none", "--total-steps", 2)
+    code, _, err = run_main(qt, *random)
     assert code == 0, err
+    code, _, err = run_main(qt, *random, "--gamma", 0.9)  # of a random critic it is the run's own
+    assert code == 2 and "gamma 0.99 there, 0.9 here" in err
 
 
 def test_a_critic_of_other_data_is_refused(pipeline, run_main, hopper_file, tmp_path):

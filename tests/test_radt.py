@@ -246,6 +246,22 @@ def test_paper_and_small_presets(hopper_file):
     assert sizes("hopper-mini") == sizes("walker2d-mini") == [5_000, 64, 2, 2, 10, 64, 1e-3, 500]
 
 
+@pytest.mark.parametrize(
+    "flags, method",
+    [
+        ({}, "RADT"),
+        ({"alpha": False}, "RADT, without alpha"),
+        ({"stepra": False}, "RADT, SeqRA only"),
+        ({"seqra": False}, "RADT, StepRA only"),
+        ({"stepra": False, "alpha": False}, "RADT, SeqRA only, without alpha"),
+        (VARIANTS["dt"], "DT in RADT's setting"),
+    ],
+)
+def test_what_tables_call_it(flags, method):
+    data = SimpleNamespace(lengths=np.array([20]))
+    assert radt.resolve(radt.Args(**flags), radt.parse_env("hopper-mini"), data, CPU).method == method
+
+
 # ---- files and command lines
 
 
@@ -322,7 +338,8 @@ def test_killed_and_resumed_ends_with_the_same_bits(trained, run_main, hopper_fi
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (["--no-seqra", "--no-stepra"], "leaves no return"),
+        (["--no-seqra", "--no-stepra"], "go together"),
+        (["--rtg-tokens"], "go together"),
         (["--embed-dim", "15"], "not a multiple"),
         (["--warmup-steps", "0"], "--warmup-steps"),
         (["--env", "hopper-medum-v2"], "did you mean"),
