@@ -436,10 +436,11 @@ def fit_expert(task: "Task", windows: Windows, data: "Dataset", chosen: np.ndarr
     opt = torch.optim.AdamW(expert.parameters(), lr=3e-4, weight_decay=1e-4, fused=True)
     episodes = [np.arange(data.starts[i], data.ends[i]) for i in np.flatnonzero(chosen)]
     if len(episodes) == 1:
-        episodes = np.array_split(episodes[0], 10)
+        episodes = np.array_split(episodes[0], min(10, len(episodes[0])))
     test = max(1, len(episodes) // 10)
+    parts = episodes[:-test] or episodes, episodes[-test:]  # of a single step: the same
     device = windows.obs.device
-    learn, test = (torch.as_tensor(np.concatenate(x)).to(device) for x in (episodes[:-test], episodes[-test:]))
+    learn, test = (torch.as_tensor(np.concatenate(x)).to(device) for x in parts)
     best, best_loss, since = copy.deepcopy(expert.state_dict()), math.inf, 0
     for step in range(config.expert_steps):
         i = learn[torch.randint(len(learn), (EXPERT_BATCH,), generator=generator, device=device)]

@@ -175,6 +175,19 @@ def test_the_expert_is_frozen_deterministic_and_imitates(parts):
     assert all(torch.equal(x, y) and y.grad is None for x, y in zip(before, expert.parameters()))
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_expert_of_one_short_episode(steps, parts, capsys):
+    """Its held-out part is never empty."""
+    task, data, windows = parts
+    one_short = SimpleNamespace(starts=np.array([0]), ends=np.array([steps]))
+    config = SimpleNamespace(seed=1, std="fixed", expert_steps=50)
+    expert = rvdt.fit_expert(task, windows, one_short, np.array([True]), config)
+    torch.manual_seed(1)
+    untrained = rvdt.Expert(task.obs_dim, task.act_dim, False).eval()
+    first = windows.obs[:1], windows.act[:1]
+    assert expert.loss(*first) < untrained.loss(*first) and "nan" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", POSTER)
 def test_the_posters_variants(name, parts):
     learner = make(parts, **POSTER[name])
