@@ -39,8 +39,11 @@ class Variant(NamedTuple):
     script: str = "train_qalign_dt.py"
     critic: str | None = "pretrain_q"  # experiment name of stage 1, shared likewise; None: no stage 1
     critic_flags: str = ""
+    base: "Variant | None" = None  # what --checkpoint tunes further; it trains first, and alone gets --train-flags
+    inference: tuple[str, ...] = ()  # the method's own ways to act, evaluated at the high targets beside the sweep
 
 
+MODES = ("plan", "best", "softmax")  # evaluate_alignment.py --inference, but for the default
 CLAIMS = {
     "components": "alignment loss and convolution: both are best, the loss matters most (Tables 4, E.17)",
     "critic": "a fixed critic, or one whose targets raise no RTG, fails at low target returns (Table E.10, Figure 2)",
@@ -55,6 +58,8 @@ CLAIMS = {
     "vdt": "VDT's: weights and Q term beat each alone (Table 3)",
     "vdt_context": "VDT's: K from 20 to 60 is best, 8 and 120 are worse (Table 5)",
     "qt_eta": "QT: more of the Q term, more score, less obedience",
+    "vdt_online": "VDT's: tuning in the simulator (20,000 steps) helps VDT, and helps it more than a DT",
+    "low_data": "RVDT's: on mixtures with few or unequal episodes RVDT beats QT (data/mix_returns.py)",
     "rvdt": "RVDT's: rebalancing, a stochastic policy and Q each help; all three are best",
     "noise": "noise on the target critic is tolerated (Table E.13)",
     "discount": "it does no harm that Q is discounted and the target return is not (App. D.2)",
@@ -79,18 +84,20 @@ RADTS = [
     RADT._replace(label="DT in RADT's setting", exp_name="radt_dt", flags="--no-seqra --no-stepra --rtg-tokens"),
 ]
 RADT_RATES = [RADT._replace(label=f"RADT, lr {x}", exp_name=f"radt_lr_{x}", flags=f"--lr {x}") for x in (3e-4, 3e-3)]
-VDT = Variant("VDT", "train_vdt", "--model-steps 0", "baselines/train_vdt.py", None)
+VDT = Variant("VDT", "train_vdt", "", "baselines/train_vdt.py", None, inference=("plan",))
 VDTS = [
-    VDT._replace(label="VDT, without weights", exp_name="vdt_q", flags="--model-steps 0 --eta 0"),
-    VDT._replace(label="VDT, without Q term", exp_name="vdt_weights", flags="--model-steps 0 --q-weight 0"),
-    VDT._replace(label="VDT, without either", exp_name="vdt_dt", flags="--model-steps 0 --eta 0 --q-weight 0"),
+    VDT._replace(label=label, exp_name=exp_name, flags=f"--model-steps 0 {flags}", inference=())
+    for label, exp_name, flags in (
+        ("VDT, without weights", "vdt_q", "--eta 0"),
+        ("VDT, without Q term", "vdt_weights", "--q-weight 0"),
+        ("VDT, without either", "vdt_dt", "--eta 0 --q-weight 0"),
+        ("VDT, K 3", "vdt_k_3", "--context-len 3"),
+        ("VDT, K 20", "vdt_k_20", "--context-len 20"),
+        ("VDT, K 40", "vdt_k_40", "--context-len 40"),
+    )
 ]
-VDT_CONTEXTS = [
-    VDT._replace(label=f"VDT, K {k}", exp_name=f"vdt_k_{k}", flags=f"--model-steps 0 --context-len {k}")
-    for k in (3, 20, 40)
-]
-QT = Variant("QT", "train_qt", "", "baselines/train_qt.py")
-QTS = [QT._replace(label=f"QT, eta {x}", exp_name=f"qt_eta_{x}", flags=f"--eta {x}") for x in (0, 0.1, 5)]
+QT = Variant("QT", "train_qt", "", "baselines/train_qt.py", inference=("best", "softmax"))
+QTS = [QT._replace(label=f"QT, eta {x}", exp_name=f"qt_eta_{x}", flags=f"--eta {x}", inference=()) for x in (0, 0.1, 5)]
 RVDT = Variant("RVDT", "train_rvdt", "", "baselines/train_rvdt.py")
 RVDTS = [
     RVDT._replace(label=label, exp_name=re.sub(r"\W+", "_", label.lower()), flags=flags)
@@ -102,6 +109,8 @@ RVDTS = [
         ("DT-Dup", "--eta 0 --rebalance dup"),
     )
 ]
+TUNED_VDT = Variant("VDT, tuned online", "tune_vdt", "", "baselines/tune_vdt.py", None, base=VDT)
+TUNED_DT = TUNED_VDT._replace(label="DT, tuned online", exp_name="tune_dt", base=DT)
 GAMMA = Variant("gamma 0.997", "gamma_0.997", critic="pretrain_q_gamma_0.997", critic_flags="--gamma 0.997")
 STUDIES = {
     "components": [Q_ALIGN, DT, DT_STATE, DT_STATE_CONV, DT_ALIGNMENT],
@@ -111,11 +120,13 @@ STUDIES = {
     "lambda": [Q_ALIGN, DT_STATE_CONV, *LAMBDAS],
     "push": [Q_ALIGN, *PUSHES, Variant("max_push 0, lambda_e 0.02", "papers_0.02", "--max-push 0 --lambda-e 0.02")],
     "time": [Q_ALIGN, DT, DT_STATE_CONV, DT_LONG],
-    "neighbours": [Q_ALIGN, DT, RADT],
+    "neighbours": [Q_ALIGN, DT, RADT, VDT, QT, RVDT],
     "radt": [RADT, *RADTS],
     "radt_tuning": [RADT, *RADT_RATES],
-    "vdt": [VDT, *VDTS, DT],
-    "vdt_context": [VDT, *VDT_CONTEXTS],
+    "vdt": [VDT, *VDTS[:3], DT],
+    "vdt_context": [VDT, *VDTS[3:]],
+    "vdt_online": [VDT, TUNED_VDT, DT, TUNED_DT],
+    "low_data": [QT, RVDT, Q_ALIGN, DT],
     "qt_eta": [QT, *QTS],
     "rvdt": [RVDT, *RVDTS, QT, DT],
     "noise": [Q_ALIGN, *(Variant(f"sigma_n {x}", f"noise_{x}", f"--q-noise {x}") for x in (1, 10, 50))],
@@ -154,7 +165,8 @@ class Run:
         runs_dir, env = Path(args.runs_dir), args.env.replace("/", "--")  # Minari's names have slashes
         self.name = f"{env}__{variant.exp_name}__{seed}"
         folder, critic = runs_dir / self.name, runs_dir / f"{env}__{variant.critic}__{seed}"
-        train_flags, critic_flags = f"{args.train_flags} {variant.flags}", f"{args.critic_flags} {variant.critic_flags}"
+        train_flags = variant.flags if variant.base else f"{args.train_flags} {variant.flags}"
+        critic_flags = f"{args.critic_flags} {variant.critic_flags}"
         own = ["--env", args.env, "--seed", str(seed), "--runs-dir", args.runs_dir]
         own_data = ["--dataset-path", *args.dataset_path] if args.dataset_path else []
         train = [variant.script, *shlex.split(train_flags), *own, *own_data, "--exp-name", variant.exp_name]
@@ -165,6 +177,14 @@ class Run:
             pretrain = ["pretrain_q.py", *shlex.split(critic_flags), *own, *own_data, "--exp-name", variant.critic]
             self.stages = {"critic": (critic, pretrain)} | self.stages
             train += ["--critic", str(critic / "critic.pt")]
+        if variant.base:
+            base_folder, base = Run(variant.base, seed, args, data).stages["training"]
+            self.stages = {"base": (base_folder, base)} | self.stages
+            train += ["--checkpoint", str(base_folder / "policy.pt")]
+        for mode in variant.inference:
+            ask = ["--rollouts", str(args.rollouts), "--high-targets", "--inference", mode]
+            checkpoint = ["--checkpoint", str(folder / "policy.pt")]
+            self.stages[mode] = folder, ["evaluate_alignment.py", *own, *checkpoint, *ask]
         self.log = runs_dir / "logs" / f"{self.name}.log"
         self.record_file = Path(args.results_dir) / "records" / f"{self.name}.json"
         self.definition = dict(run=self.name, data=data, flags=variant.flags, train_flags=args.train_flags)
@@ -244,13 +264,16 @@ def perform(run: Run, environment: dict, busy: set[Path]):
             process.terminate()
             code = process.wait()
             busy.remove(folder)
-        seconds[stage] = None if resumes and stage != "sweep" else round(time.monotonic() - start, 1)
+        resumable = stage in ("base", "critic", "training")
+        seconds[stage] = None if resumes and resumable else round(time.monotonic() - start, 1)
         if code:
             said = run.log.read_bytes()[end_of_log:].decode(errors="replace").strip() or "no output"
             raise ChildProcessError(f"{stage} ended with code {code}: {said.splitlines()[-1]} (log: {run.log})")
     record = dict(definition=run.definition, seconds=seconds, threads=environment["OMP_NUM_THREADS"], critic=None)
     record["commands"] = [shlex.join(["python", *command]) for _, command in run.stages.values()]
     record["alignment"] = json.loads((folder / "alignment.json").read_text())
+    modes = [mode for mode in MODES if mode in run.stages]
+    record["inference"] = {mode: json.loads((folder / f"high_targets_{mode}.json").read_text()) for mode in modes}
     if "critic" in run.stages:
         record["critic"] = json.loads((run.stages["critic"][0] / "report.json").read_text())
     if not run.record_file.exists():  # else another process has been faster
@@ -315,12 +338,15 @@ def quantities(record: dict) -> dict[str, float | None]:
     low, middle, high = (float(np.sqrt(np.mean(part))) for part in (squares[:n], squares[n:-n], squares[-n:]))
     high_targets = alignment["high_targets"][: None if alignment["trained_on"]["is_d4rl"] else 1]
     at_highest = min(high_targets, key=lambda row: abs(row["target_return"] - target.max()))  # own data: the first
+    modes = {mode: result["high_targets"][0]["score_mean"] for mode, result in record.get("inference", {}).items()}
     found = {
         "alignment RMSE": alignment["alignment_rmse"],
         "RMSE at the lowest third of the targets": low,
         "RMSE at the middle third of the targets": middle,
         "RMSE at the highest third of the targets": high,
         "score at the data's highest return": at_highest["score_mean"],
+        **{f"score, --inference {mode}": modes.get(mode) for mode in MODES},
+        "slope of achieved by target score": float(np.polyfit(wanted, achieved, 1)[0]),
         "Spearman of target and return": alignment["spearman_target_vs_real"],
         "Spearman of target and velocity": float(spearmanr(target, velocity)[0]) if np.ptp(velocity) > 0 else None,
         "Spearman of Q and return": alignment.get("spearman_q_vs_return"),

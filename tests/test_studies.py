@@ -112,7 +112,7 @@ def test_names_that_studies_share_have_one_meaning():
     critics = {(variant.critic, variant.critic_flags) for variant in variants if variant.critic}
     assert len(critics) == len({name for name, _ in critics}) == 2
     first = {name: every[0] for name, every in studies.STUDIES.items()}
-    own = {"radt": studies.RADT, "vdt": studies.VDT, "qt": studies.QT, "rvdt": studies.RVDT}
+    own = {"radt": studies.RADT, "vdt": studies.VDT, "qt": studies.QT, "rvdt": studies.RVDT, "low": studies.QT}
     assert all(one == own.get(name.partition("_")[0], studies.Q_ALIGN) for name, one in first.items())
     assert set(studies.STUDIES) == set(studies.CLAIMS) == set(studies.SEEDS)
     assert studies.SEEDS["components"] == (1, 2, 3) and studies.SEEDS["loss"] == (1, 2)
@@ -181,6 +181,19 @@ def test_commands_of_a_run(tmp_path):
     ]
     dt = studies.Run(studies.STUDIES["components"][1], 1, args, {}).stages
     assert list(dt) == ["training", "sweep"] and "--critic" not in dt["training"][1]
+    qt = studies.Run(studies.QT, 2, args, {}).stages
+    assert list(qt) == ["critic", "training", "sweep", "best", "softmax"] and qt["best"][0] == qt["training"][0]
+    assert " ".join(qt["best"][1]) == (
+        f"evaluate_alignment.py {where} --checkpoint {runs}/{ENV}__train_qt__2/policy.pt "
+        "--rollouts 10 --high-targets --inference best"
+    )
+    tuned = studies.Run(studies.STUDIES["vdt_online"][3], 2, args, {}).stages
+    assert list(tuned) == ["base", "training", "sweep"]
+    assert tuned["base"] == studies.Run(studies.DT, 2, args, {}).stages["training"]  # shared with the DT's own line
+    assert " ".join(tuned["training"][1]) == (
+        f"baselines/tune_vdt.py {where} --dataset-path a b --exp-name tune_dt "
+        f"--checkpoint {runs}/{ENV}__dt__2/policy.pt"
+    )
     radt = studies.Run(studies.RADT._replace(flags="--x 1"), 1, args, {}).stages
     assert radt["training"][1][:5] == "baselines/train_radt.py --actor-lr 0.2 --x 1".split()
 
@@ -505,6 +518,8 @@ def test_quantities_of_a_record(tmp_path):
     velocities = (0, 1, 2, 3, 4, 5, 8, 7, 6, 9, 10, 11, 12)
     for row, velocity in zip(record["alignment"]["sweep"], velocities):
         row["velocity_mean"] = float(velocity)
+    record["inference"] = {"best": {"high_targets": [{"score_mean": 65.0}, {"score_mean": 3.0}]}}
+    wanted = np.array([row["target_score"] for row in record["alignment"]["sweep"]])
     found = studies.quantities(record)
     assert found == {
         "alignment RMSE": record["alignment"]["alignment_rmse"],
@@ -512,6 +527,10 @@ def test_quantities_of_a_record(tmp_path):
         "RMSE at the middle third of the targets": 2.0,
         "RMSE at the highest third of the targets": 12.5**0.5,
         "score at the data's highest return": 70.0,  # the first of the high targets, not the best
+        "score, --inference plan": None,
+        "score, --inference best": 65.0,
+        "score, --inference softmax": None,
+        "slope of achieved by target score": pytest.approx(np.polyfit(wanted, wanted + errors, 1)[0]),
         "Spearman of target and return": 0.5,
         "Spearman of target and velocity": pytest.approx(1 - 6 * (2**2 + 2**2) / (13 * (13**2 - 1))),
         "Spearman of Q and return": 0.25,
@@ -529,7 +548,7 @@ def test_quantities_of_a_record(tmp_path):
     for row in record["alignment"]["sweep"]:
         row["velocity_mean"] = 1.0
     unknown = {name for name, value in studies.quantities(record).items() if value is None}
-    gone = ("critic", "data:", "minutes", "absolute", "parameters", "milliseconds")
+    gone = ("critic", "data:", "minutes", "absolute", "parameters", "milliseconds", "plan", "softmax")
     assert unknown == {name for name in found if any(part in name for part in gone)} | {
         "Spearman of target and velocity",
         "Spearman of Q and discounted return",

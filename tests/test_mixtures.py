@@ -1,0 +1,95 @@
+"""data/mix_returns.py: which episodes a low-data mixture holds."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "data"))
+import mix_returns  # noqa: E402
+
+RETURNS = np.array([3.0, 9.0, 1.0, 7.0, 5.0, 2.0, 8.0, 0.0, 6.0, 4.0])  # strata: 9 8 7 | 6 5 4 3 | 2 1 0
+
+
+def strata(indices) -> list[int]:
+    """How many episodes are of the top 30%, the middle 40% and the bottom 30%."""
+    returns = RETURNS[indices]
+    return [int((returns >= 7).sum()), int(((returns >= 3) & (returns < 7)).sum()), int((returns < 3).sum())]
+
+
+@pytest.mark.parametrize(
+    "ratio, n, counts",
+    [((1, 5, 1), 7, [1, 5, 1]), ((5, 4, 5), 14, [5, 4, 5]), ((0, 0, 1), 4, [0, 0, 4]), ((1, 5, 1), 4, [1, 2, 1])],
+)
+def test_shares_of_the_strata(ratio, n, counts):
+    for seed in range(20):
+        assert strata(mix_returns.draw(RETURNS, ratio, n, np.random.default_rng(seed))) == counts
+
+
+def test_no_episode_is_drawn_twice_while_its_stratum_lasts():
+    drawn = []
+    for seed in range(200):
+        indices = mix_returns.draw(RETURNS, (2, 5, 3), 10, np.random.default_rng(seed))  # five of the middle four
+        of, times = np.unique(indices, return_counts=True)
+        assert sorted(times) == [1] * (len(of) - 1) + [2] and len(of) == 9 and 3 <= RETURNS[of[times.argmax()]] < 7
+        drawn += [i for i in indices if RETURNS[i] >= 7]
+    share = np.bincount(drawn, minlength=10)[[1, 3, 6]] / 200
+    assert abs(share - 2 / 3).max() < 0.12  # each of the top three equally often
+
+
+def write(path, lengths=(3, 2, 4), incomplete=2):
+    n = sum(lengths) + incomplete
+    ends = np.zeros(n, bool)
+    ends[np.cumsum(lengths) - 1] = True
+    with h5py.File(path, "w") as f:
+        f["observations"], f["actions"] = np.arange(n * 2.0).reshape(n, 2), np.arange(n * 1.0).reshape(n, 1)
+        f["rewards"], f["terminals"], f["timeouts"] = np.arange(n) * 1.0, ends & (np.arange(n) < 4), ends
+        f.attrs["env_id"] = "Hopper-v4"
+
+
+def command(*flags):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "data/mix_returns.py"), *map(str, flags)], capture_output=True, text=True
+    )
+
+
+def test_the_file_holds_whole_episodes_in_the_order_drawn(tmp_path):
+    write(tmp_path / "all.hdf5")
+    flags = (tmp_path / "all.hdf5", "--out", tmp_path / "some.hdf5", "--ratio", 1, 1, 1, "--fraction", 1)
+    done = command(*flags)
+    assert done.returncode == 0 and "3 of 3 episodes, 3 different, 9 transitions" in done.stdout, done.stderr
+    with h5py.File(tmp_path / "some.hdf5") as f:  # returns 0+1+2, 3+4, 5+6+7+8: the last is best, then the second
+        assert f.attrs["env_id"] == "Hopper-v4" and list(f.attrs["episodes"]) == [2, 1, 0]
+        assert f["rewards"][:].tolist() == [5, 6, 7, 8, 3, 4, 0, 1, 2]
+        assert f["observations"][:, 0].tolist() == [10, 12, 14, 16, 6, 8, 0, 2, 4]
+        assert f["timeouts"][:].tolist() == [False, False, False, True, False, True, False, False, True]
+        assert f["terminals"][:].tolist() == [False] * 8 + [True]
+    assert list(tmp_path.glob("*.tmp")) == []
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("missing.hdf5",), "missing.hdf5"),
+        (("all.hdf5", "--ratio", 0, 0, 0), "--ratio"),
+        (("all.hdf5", "--fraction", 0), "--fraction"),
+        (("other.hdf5",), "D4RL's layout"),
+        (("two.hdf5",), "2 complete episodes"),
+        (("all.hdf5", "--out", "nowhere/some.hdf5"), "nowhere/some.hdf5"),
+    ],
+)
+def test_bad_input_is_one_line(flags, message, tmp_path):
+    write(tmp_path / "all.hdf5")
+    write(tmp_path / "two.hdf5", lengths=(2, 2))
+    with h5py.File(tmp_path / "other.hdf5", "w") as f:
+        f["states"] = np.zeros(3)
+    file, *rest = flags
+    rest = [tmp_path / x if "/" in str(x) else x for x in rest]
+    out = () if "--out" in rest else ("--out", tmp_path / "some.hdf5")
+    done = command(tmp_path / file, *rest, *out)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "some.hdf5").exists() and list(tmp_path.glob("*.tmp")) == []
