@@ -165,7 +165,7 @@ class Policy(nn.Module):
 
 def make_policy(task: "Task", config: dict, bf16: bool) -> Policy:
     """The policy that a checkpoint's configuration describes (randomly initialised from torch's global generator)."""
-    sizes = (config[name] for name in ("embed_dim", "n_layer", "n_head", "max_timestep", "conv"))
+    sizes = (config[name] for name in ("embed_dim", "n_layer", "n_head", "max_timestep", "conv", "dropout"))
     return Policy(task.obs_dim, task.act_dim, *sizes, bf16=bf16)
 
 

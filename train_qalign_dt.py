@@ -9,7 +9,8 @@ authors' code:
     critic_loss       Eq. 7   TD targets take the target policy's action at an RTG raised by Delta_RTG
     alignment_loss    Eq. 5   an RTG raised (lowered) by a random delta must not lower (raise) Q
     actor_loss        Eq. 6   the supervised loss on actions and states + lambda_e times the alignment loss
-    limit_push        ours    keeps the second of the two from outweighing the first; off for D4RL's names
+    add_noise         ours    compares Q at noisy actions, instead of by the chance of dropout  } both off for
+    limit_push        ours    keeps Eq. 6's second loss from outweighing the first              } D4RL's names
     CoTraining.step   Algorithm 1
 
 Reads the dataset and stage 1's critic.pt (trained first if it is missing). Writes runs/<env>__<exp-name>__<seed>/ with
@@ -91,6 +92,11 @@ class Args:
     # not the paper's: the alignment loss may push the actions at most so many times as hard as the action loss pulls
     # them; 0: no limit (default: 0 where Table D.8's row is taken, 0.3 for own data and Minari's)
     max_push: float | None = None
+    # not the paper's: std of the noise on the actions at which Eq. 5 compares Q, in units of the policy's root mean
+    # square error of actions (default: 0 where Table D.8's row is taken, 0.3 for own data and Minari's)
+    action_noise: float | None = None
+    # of the policy in training (default: the release's 0.1 where Table D.8's row is taken, 0 for own data and Minari's)
+    dropout: float | None = None
     # form of the penalty: Eq. 5, or one of the two variants of Table E.11
     alignment: Literal["one-sided", "symmetric", "squared"] = "one-sided"
     conv: bool = True  # causal convolution after W_q, W_k, W_v (App. D.1)
@@ -111,6 +117,8 @@ class Args:
             raise ValueError("--no-state-loss is for a Decision Transformer: add --lambda-e 0")
         if self.embed_dim and self.n_head and self.embed_dim % self.n_head:
             raise ValueError(f"--embed-dim {self.embed_dim} is not a multiple of --n-head {self.n_head}")
+        if self.dropout and self.dropout >= 1:
+            raise ValueError(f"--dropout {self.dropout}: must be below 1")
         if self.rtg_range and self.rtg_range[0] > self.rtg_range[1]:
             raise ValueError(f"--rtg-range {self.rtg_range}: the first must be the smaller one")
 
@@ -139,7 +147,7 @@ SIZES = ("total_steps", "embed_dim", "n_layer", "n_head", "context_len", "batch_
 PAPER = dict(zip(SIZES, (100_000, 256, 4, 4, 20, 256, 256, 3e-4)))
 SMALL = dict(zip(SIZES, (5_000, 64, 2, 2, 10, 64, 128, 1e-3)))  # for small data and minutes on a CPU
 # For all data that are neither D4RL's nor AntMaze: one set of numbers (results/README.md, "Robust alignment").
-OTHER_DATA = dict(sigma_e=1.0, lambda_e=0.1, delta_rtg=0.5, max_push=0.3)
+OTHER_DATA = dict(sigma_e=1.0, lambda_e=0.1, delta_rtg=0.5, max_push=0.3, action_noise=0.3, dropout=0.0)
 CRITIC_LR, L2, MAX_GRAD_NORM, TAU = 3e-4, 1e-4, 15.0, 0.005  # the release's
 LOG_EVERY = 100  # gradient steps per row of metrics.csv
 
@@ -150,7 +158,7 @@ def resolve(args: Args, task: "Task", data: "Dataset", device: torch.device) -> 
     if task.tag == "v2" or task.body == "antmaze":
         quality = "all" if task.body == "antmaze" else SAME_QUALITY.get(task.quality, task.quality)
         row = TABLE_D8["halfcheetah" if task.body == "ant" else task.body][quality]
-        loss = dict(zip(("sigma_e", "lambda_e", "delta_rtg", "max_push"), (*row, 0.0)))
+        loss = dict(zip(OTHER_DATA, (*row, 0.0, 0.0, 0.1)))
     defaults = loss | (SMALL if task.quality == "mini" else PAPER)
     rtg = data.returns_to_go() / task.rtg_scale
     defaults = defaults | {"rtg_range": task.rtg_range if data.is_d4rl else (float(rtg.min()), float(rtg.max()))}
@@ -249,7 +257,7 @@ class Policy(nn.Module):
 
 def make_policy(task: "Task", config: dict, bf16: bool) -> Policy:
     """The policy that a checkpoint's configuration describes (randomly initialised from torch's global generator)."""
-    sizes = (config[name] for name in ("embed_dim", "n_layer", "n_head", "max_timestep", "conv"))
+    sizes = (config[name] for name in ("embed_dim", "n_layer", "n_head", "max_timestep", "conv", "dropout"))
     return Policy(task.obs_dim, task.act_dim, *sizes, bf16=bf16)
 
 
@@ -429,6 +437,17 @@ def limit_push(a_hat_delta, a_hat, batch: Batch, ratio: float) -> None:
     a_hat_delta.register_hook(lambda push: push * (limit / push.norm().clamp(min=1e-12)).clamp(max=1))
 
 
+def add_noise(a_hat_delta, a_hat, batch: Batch, ratio: float, generator: torch.Generator):
+    """Not the paper's: both actions (B, K, act_dim) with noise of their own, of ratio times a_hat's RMS error.
+
+    Eq. 5 then asks for a change of Q that can be told from the policy's own errors: a margin in units of actions, the
+    same for every critic and body. (In the release the two windows' dropout masks do that, by chance.)
+    """
+    error = masked_mean(((a_hat.detach() - batch.act) ** 2).mean(dim=-1), batch.valid).sqrt()
+    noise = ratio * error * torch.randn((2, *a_hat.shape), generator=generator, device=a_hat.device)
+    return a_hat_delta + noise[0], a_hat.detach() + noise[1]
+
+
 def actor_loss(policy, critic, batch: Batch, config: Config, generator: torch.Generator):
     """L_SL + lambda_e L_align, Eq. 6, and for the log: action, state, alignment loss, share of violations, mean Q_1.
 
@@ -443,14 +462,17 @@ def actor_loss(policy, critic, batch: Batch, config: Config, generator: torch.Ge
         # clean and perturbed windows in one forward pass; dropout draws an independent mask for each
         both = [torch.cat(pair) for pair in zip(batch[:5], perturbed)]
         (a_hat, a_hat_delta), (s_hat, _) = (x.chunk(2) for x in policy(*both))
-        with torch.no_grad():
-            q = critic(batch.obs, a_hat)
-            q_mean = masked_mean(q[0], batch.valid)
-        critic.requires_grad_(False)  # Eq. 5 differentiates Q with respect to the action, not to its own weights
-        q_delta = critic(batch.obs, a_hat_delta)
-        critic.requires_grad_(True)
+        a_delta, a = a_hat_delta, a_hat  # where Q is compared
+        if config.action_noise:
+            a_delta, a = add_noise(a_hat_delta, a_hat, batch, config.action_noise, generator)
         if config.max_push:
             limit_push(a_hat_delta, a_hat, batch, config.max_push)
+        with torch.no_grad():
+            q = critic(batch.obs, a)
+            q_mean = masked_mean(q[0], batch.valid)
+        critic.requires_grad_(False)  # Eq. 5 differentiates Q with respect to the action, not to its own weights
+        q_delta = critic(batch.obs, a_delta)
+        critic.requires_grad_(True)
         scale = config.q_scale
         align, violated = alignment_loss(q_delta / scale, q / scale, applied.sign(), batch.valid, config.alignment)
     action_loss, state_loss = supervised_loss(a_hat, s_hat, batch)

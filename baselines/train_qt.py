@@ -90,6 +90,7 @@ class Config(Args):
 
     bf16: bool = False
     conv: bool = False  # the shared policy without Q-Align DT's convolution
+    dropout: float = 0.1  # of the policy in training; <body>-mini: 0
     max_timestep: int = 1000  # entries of the timestep embedding
     max_grad_norm: float = 15.0  # of both networks
     best_return: float = 0.0  # of the data, raw
@@ -97,8 +98,9 @@ class Config(Args):
 
 
 SIZES = ("total_steps", "embed_dim", "n_layer", "n_head", "context_len", "batch_size", "critic_width", "actor_lr")
-PAPER = dict(zip(SIZES, (100_000, 256, 4, 4, 20, 256, 256, 3e-4)))
-SMALL = dict(zip(SIZES, (5_000, 64, 2, 2, 10, 64, 128, 1e-3)))
+SIZES += ("dropout",)
+PAPER = dict(zip(SIZES, (100_000, 256, 4, 4, 20, 256, 256, 3e-4, 0.1)))
+SMALL = dict(zip(SIZES, (5_000, 64, 2, 2, 10, 64, 128, 1e-3, 0.0)))
 # the release's: eta for medium, medium-replay, and the others; K for the same; clipping of the gradient's norm
 RELEASE = {
     "halfcheetah": ((5.0, 5.0, 0.4), (5, 5, 20), 15.0),
@@ -214,7 +216,7 @@ class Policy(nn.Module):
 
 def make_policy(task: "Task", config: dict, bf16: bool) -> Policy:
     """The policy that a checkpoint's configuration describes (randomly initialised from torch's global generator)."""
-    sizes = (config[name] for name in ("embed_dim", "n_layer", "n_head", "max_timestep", "conv"))
+    sizes = (config[name] for name in ("embed_dim", "n_layer", "n_head", "max_timestep", "conv", "dropout"))
     return Policy(task.obs_dim, task.act_dim, *sizes, bf16=bf16)
 
 

@@ -107,14 +107,16 @@ class Config(Args):
 
     bf16: bool = False
     conv: bool = False  # the shared policy without Q-Align DT's convolution
+    dropout: float = 0.1  # of the policy in training; <body>-mini: 0
     max_timestep: int = 1000  # entries of the timestep embedding
     max_grad_norm: float = 15.0  # of both networks
     method: str = "RVDT"  # how tables and figures call it
 
 
 SIZES = ("total_steps", "embed_dim", "n_layer", "n_head", "context_len", "batch_size", "critic_width", "actor_lr")
-PAPER = dict(zip(SIZES, (100_000, 256, 4, 4, 20, 256, 256, 3e-4)))
-SMALL = dict(zip(SIZES, (5_000, 64, 2, 2, 10, 64, 128, 1e-3)))
+SIZES += ("dropout",)
+PAPER = dict(zip(SIZES, (100_000, 256, 4, 4, 20, 256, 256, 3e-4, 0.1)))
+SMALL = dict(zip(SIZES, (5_000, 64, 2, 2, 10, 64, 128, 1e-3, 0.0)))
 # QT's: eta for medium, medium-replay, and the others; clipping of the gradient's norm
 RELEASE = {
     "halfcheetah": ((5.0, 5.0, 0.4), 15.0),
@@ -239,7 +241,7 @@ class Policy(nn.Module):
 
 def make_policy(task: "Task", config: dict, bf16: bool) -> Policy:
     """The policy that a checkpoint's configuration describes (randomly initialised from torch's global generator)."""
-    sizes = (config[name] for name in ("embed_dim", "n_layer", "n_head", "max_timestep", "conv"))
+    sizes = (config[name] for name in ("embed_dim", "n_layer", "n_head", "max_timestep", "conv", "dropout"))
     return Policy(task.obs_dim, task.act_dim, *sizes, bf16=bf16)
 
 
@@ -364,8 +366,8 @@ class Gaussian(Policy):
     learned: mu and std are those before tanh; otherwise the mean is tanh(mu) and the std is SIGMA.
     """
 
-    def __init__(self, obs_dim, act_dim, embed_dim, n_layer, n_head, max_timestep, learned: bool, bf16=False):
-        super().__init__(obs_dim, act_dim, embed_dim, n_layer, n_head, max_timestep, conv=False, bf16=bf16)
+    def __init__(self, obs_dim, act_dim, embed_dim, n_layer, n_head, max_timestep, dropout, learned: bool, bf16=False):
+        super().__init__(obs_dim, act_dim, embed_dim, n_layer, n_head, max_timestep, False, dropout, bf16)
         self.std_head = nn.Linear(embed_dim, act_dim) if learned else None
         if learned:
             nn.init.normal_(self.std_head.weight, std=0.02)
@@ -385,7 +387,7 @@ def distribution(mu, free):
 
 def make_gaussian(task: "Task", config: dict, bf16: bool) -> Gaussian:
     """The policy that a checkpoint's configuration describes (randomly initialised from torch's global generator)."""
-    sizes = (config[name] for name in ("embed_dim", "n_layer", "n_head", "max_timestep"))
+    sizes = (config[name] for name in ("embed_dim", "n_layer", "n_head", "max_timestep", "dropout"))
     return Gaussian(task.obs_dim, task.act_dim, *sizes, learned=config["std"] == "learned", bf16=bf16)
 
 

@@ -101,6 +101,7 @@ class Config(Args):
 
     bf16: bool = False
     conv: bool = False  # the shared policy without Q-Align DT's convolution
+    dropout: float = 0.1  # of the policy in training; <body>-mini: 0
     max_timestep: int = 1000  # entries of the timestep embedding
     reward_scale: float = 1.0  # of the rewards that Q and V see: only so does eta mean the same for every task
     best_return: float = 0.0  # of the data, raw: the planner's candidates are multiples of it
@@ -108,9 +109,9 @@ class Config(Args):
 
 
 SIZES = ("total_steps", "embed_dim", "n_layer", "n_head", "context_len", "batch_size", "actor_lr")
-SIZES += ("value_steps", "warm_start_steps", "critic_width", "model_steps")
-PAPER = dict(zip(SIZES, (100_000, 256, 6, 4, 20, 256, 3e-4, 1_000_000, 0, 256, 50_000)))
-SMALL = dict(zip(SIZES, (5_000, 64, 2, 2, 10, 64, 1e-3, 10_000, 9_000, 128, 5_000)))
+SIZES += ("value_steps", "warm_start_steps", "critic_width", "model_steps", "dropout")
+PAPER = dict(zip(SIZES, (100_000, 256, 6, 4, 20, 256, 3e-4, 1_000_000, 0, 256, 50_000, 0.1)))
+SMALL = dict(zip(SIZES, (5_000, 64, 2, 2, 10, 64, 1e-3, 10_000, 9_000, 128, 5_000, 0.0)))
 CANDIDATES, MODEL_WIDTH, MAX_STATE = (0.5, 0.75, 1.0, 1.2, 1.5), 256, 10.0  # of the planner: times the best return
 LOG_EVERY = 100  # gradient steps per row of metrics.csv
 
@@ -216,7 +217,7 @@ class Policy(nn.Module):
 
 def make_policy(task: "Task", config: dict, bf16: bool) -> Policy:
     """The policy that a checkpoint's configuration describes (randomly initialised from torch's global generator)."""
-    sizes = (config[name] for name in ("embed_dim", "n_layer", "n_head", "max_timestep", "conv"))
+    sizes = (config[name] for name in ("embed_dim", "n_layer", "n_head", "max_timestep", "conv", "dropout"))
     return Policy(task.obs_dim, task.act_dim, *sizes, bf16=bf16)
 
 

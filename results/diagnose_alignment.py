@@ -5,7 +5,7 @@
 For the last step of random windows, in ten groups of equal size by timestep:
 
     slope, range     how Q(s, a_hat) moves with the RTG: per 1,000 of return, and from the lowest RTG to the highest
-    loss, dropout    the alignment loss, and the share of it that is gone when dropout is off
+    loss, chance     the alignment loss, and the share of it that is gone without dropout and without noise on actions
     force            norm of the alignment loss's gradient by the actions, over that of the action loss's; no max_push
     off data         rms distance of a_hat from the recorded action, and of the answer to the highest RTG from a_hat
     gain             Q of the answer to the highest RTG minus Q of the recorded action: far above 0, Q is exploited
@@ -84,17 +84,16 @@ def measure(trained, critic, data, args: Args) -> list[dict]:
         a = {name: actions(policy, x, None) for name, (x, _) in inputs.items()}
         q = {name: critic(obs, x) for name, x in a.items()} | {"data": critic(obs, act)}  # (2, B) each
         shifts = {name: shift.squeeze(1) for name, (_, shift) in inputs.items()}
-        # the alignment loss with independent dropout masks (as in training), with the same ones, and without any
-        sign, pairs = shifts["delta"].sign(), {}
-        for name, seeds in (("independent", (2, 1)), ("same", (1, 1)), ("none", (None, None))):
-            answers = (actions(policy, inputs[x][0], seed) for x, seed in zip(("delta", "clean"), seeds))
-            pairs[name] = [critic(obs, answer) for answer in answers]
-    # the two forces on the actions, in training mode
+        sign, pairs = shifts["delta"].sign(), {"exact": (q["delta"], q["clean"])}
+    # the two forces on the actions, and the alignment loss, as in training: with dropout and noise
     a_hat, a_delta = actions(policy, batch[:5], 1).detach(), actions(policy, inputs["delta"][0], 2).detach()
     a_hat.requires_grad_(), a_delta.requires_grad_()
+    error = (a["clean"] - act).square().mean().sqrt()  # over all windows, not a batch of them
+    noise = config.action_noise * error * torch.randn((2, *act.shape), generator=generator)
     with torch.no_grad():
-        q_hat = critic(obs, a_hat)
-    align, _ = penalties((critic(obs, a_delta), q_hat), sign, torch.arange(args.windows), config)
+        pairs["training"] = critic(obs, a_delta + noise[0]), critic(obs, a_hat + noise[1])
+    everything = torch.arange(args.windows)
+    align, _ = penalties((critic(obs, a_delta + noise[0]), pairs["training"][1]), sign, everything, config)
     push = gradient(config.lambda_e * align, a_delta).square().sum(dim=1)
     pull = gradient((a_hat - act).square().mean(), a_hat).square().sum(dim=1)
     both = critic(obs, a_hat)
@@ -106,13 +105,13 @@ def measure(trained, critic, data, args: Args) -> list[dict]:
         mean = partial(mean_of, group)
         moved = q["higher"].amin(dim=0) - q["lower"].amin(dim=0)
         loss = {name: penalties(pair, sign, group, config) for name, pair in pairs.items()}
-        (independent, violated), (same, _), (none, violated_none) = ([float(x) for x in y] for y in loss.values())
+        (exact, violated_exact), (training, violated) = ([float(x) for x in y] for y in loss.values())
         row = {"timestep": [int(f(batch.timestep[group, -1])) for f in (torch.min, torch.max)]}
         row |= {"q_data": mean(data_q), "q_range": mean(highest - lowest)}
         row |= {"q_slope": mean(moved) / mean(shifts["higher"] - shifts["lower"]) / task.rtg_scale * 1000}
-        row |= {"align_loss": independent, "align_loss_same_masks": same, "align_loss_no_dropout": none}
-        row |= {"dropout_share": 1 - none / independent if independent else 0.0}
-        row |= {"violated": violated, "violated_no_dropout": violated_none}
+        row |= {"align_loss": training, "align_loss_exact": exact}
+        row |= {"chance_share": 1 - exact / training if training else 0.0}
+        row |= {"violated": violated, "violated_exact": violated_exact}
         row |= {"force": (mean(push) / mean(pull)) ** 0.5}
         row |= {"off_data": mean((a["clean"] - act).square()) ** 0.5}
         row |= {"off_clean": mean((a["highest"] - a["clean"]).square()) ** 0.5, "gain": mean(highest - data_q)}
@@ -127,7 +126,7 @@ def measure(trained, critic, data, args: Args) -> list[dict]:
 PANELS = (
     ("q_slope", "dQ / dRTG, per 1,000 of return"),
     ("q_range", "Q, highest minus lowest RTG"),
-    ("dropout_share", "share of the alignment loss from dropout"),
+    ("chance_share", "share of the alignment loss from dropout and noise"),
     ("force", "alignment force / imitation force"),
     ("gain", "Q gained over the recorded action"),
     ("off_clean", "rms action change, highest RTG"),
@@ -138,7 +137,7 @@ COLUMNS = (  # title, width, format and name
     ("slope", 7, ".2f", "q_slope"),
     ("range", 7, ".2f", "q_range"),
     ("loss", 8, ".3f", "align_loss"),
-    ("dropout", 9, ".0%", "dropout_share"),
+    ("chance", 8, ".0%", "chance_share"),
     ("force", 7, ".2f", "force"),
     ("off data", 10, ".2f", "off_data"),
     ("highest", 9, ".2f", "off_clean"),

@@ -18,22 +18,28 @@ def parts(pipeline, hopper_file):
     return trained, stage3.load_critic(trained), data, diagnosis.Args((pipeline.policy,), windows=400)
 
 
-def test_without_dropout_none_of_the_loss_is_dropouts(parts):
-    for module in parts[0].policy.modules():
+def without(parts, dropout=False, noise=False):
+    """The same parts with one of the two sources of chance, or both, switched off."""
+    trained = parts[0]
+    for module in trained.policy.modules():
         if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    for row in diagnosis.measure(*parts):
-        assert row["align_loss"] == row["align_loss_same_masks"] == row["align_loss_no_dropout"]
-        assert row["dropout_share"] == 0 and row["violated"] == row["violated_no_dropout"]
+            module.p = 0.0 if dropout else 0.1
+    config = trained.content["config"] | {"action_noise": 0.0 if noise else 0.3}
+    return trained._replace(content=trained.content | {"config": config}), *parts[1:]
 
 
-def test_a_policy_that_ignores_its_rtg_has_no_slope_and_a_loss_of_dropout_only(parts):
+def test_without_dropout_and_noise_nothing_of_the_loss_is_by_chance(parts):
+    for row in diagnosis.measure(*without(parts, dropout=True, noise=True)):
+        assert row["align_loss"] == row["align_loss_exact"]
+        assert row["chance_share"] == 0 and row["violated"] == row["violated_exact"]
+
+
+@pytest.mark.parametrize("off", ["dropout", "noise"])
+def test_a_policy_that_ignores_its_rtg_has_no_slope_and_a_loss_by_chance_only(parts, off):
     torch.nn.init.zeros_(parts[0].policy.embed_rtg.weight)
-    rows = diagnosis.measure(*parts)
-    assert all(row["q_slope"] == row["q_range"] == row["off_clean"] == 0 for row in rows)
-    assert all(
-        row["align_loss"] > 0 and row["dropout_share"] == 1 and row["align_loss_same_masks"] == 0 for row in rows
-    )
+    rows = diagnosis.measure(*without(parts, **{off: True}))
+    assert all(row["q_slope"] == row["q_range"] == row["off_clean"] == row["align_loss_exact"] == 0 for row in rows)
+    assert all(row["align_loss"] > 0 and row["chance_share"] == 1 for row in rows)
     steps = [row["timestep"] for row in rows]
     assert len(rows) == 10 and steps == sorted(steps) and steps[0][0] >= 0
 
@@ -49,6 +55,7 @@ def test_slope_range_and_gain_of_a_linear_critic_by_hand(parts):
         def forward(self, rtg, obs, act, timestep, valid):
             return torch.stack([rtg, 0 * rtg, 0 * rtg], dim=-1), obs
 
+    trained = without((trained,), noise=True)[0]
     rows = diagnosis.measure(trained._replace(policy=Answer()), critic, data, args)
     low, high = trained.content["config"]["rtg_range"]
     for row in rows:

@@ -15,7 +15,7 @@ TASK = stage2.parse_env("hopper-medium-test")
 
 def config(**changes) -> stage2.Config:
     fields = dict(embed_dim=16, n_layer=1, n_head=2, max_timestep=50, critic_width=16)
-    fields |= dict(lambda_e=1.0, sigma_e=1.0, delta_rtg=0.0, rtg_range=(-1e6, 1e6))
+    fields |= dict(lambda_e=1.0, sigma_e=1.0, delta_rtg=0.0, rtg_range=(-1e6, 1e6), dropout=0.1)
     return stage2.Config(**(fields | changes))
 
 
@@ -266,6 +266,48 @@ def test_a_push_of_nothing_stays_nothing():
     assert a_delta.grad.tolist() == [[[0.0]]]
 
 
+def test_noise_on_actions_is_of_their_error_and_independent_of_each_other():
+    """Q is compared at noisy actions: std 0.3 x RMS error over valid steps; the gradient is that at the noisy one."""
+    policy, _, batch, settings = actor_setup(B=256, sigma_e=0.0, action_noise=0.3)
+    batch.valid[:128, :3] = False
+    seen = []
+
+    class Listener(Constant):
+        def forward(self, obs, act):
+            seen.append(act)
+            return super().forward(obs, act)
+
+    a_hat = policy(batch.rtg, *context(batch))[0].detach()
+    error = ((a_hat - batch.act)[batch.valid] ** 2).mean().sqrt()
+    stage2.actor_loss(policy, Listener(0.0, 0.0), batch, settings, generator())
+    (clean, perturbed) = (x.detach() - a_hat for x in seen)  # sigma_e is 0: the same actions but for the noise
+    for noise in (clean, perturbed):
+        assert noise.std().item() == pytest.approx(0.3 * error.item(), rel=0.05) and abs(noise.mean()) < 0.02
+    assert abs(torch.corrcoef(torch.stack([clean.flatten(), perturbed.flatten()]))[0, 1]) < 0.05
+    assert seen[1].requires_grad and not seen[0].requires_grad
+    other = replace(settings, action_noise=0.0)
+    seen.clear()
+    stage2.actor_loss(policy, Listener(0.0, 0.0), batch, other, generator())
+    assert torch.equal(seen[0], seen[1])
+
+
+def test_noise_is_a_margin_in_units_of_actions_whatever_the_slope_of_q():
+    """Eq. 5's gradient falls from half to nothing as the answers part by a multiple of the noise, for any dQ/da."""
+    batch = batch_of([[0.0]] * 20_000, [[F_]] * 20_000, [[T]] * 20_000)
+    act = torch.zeros_like(batch.act)
+    batch = batch._replace(act=act)
+    for slope in (1.0, 100.0):
+        shares = []
+        for apart in (0.0, 1.0, 4.0):  # in units of the noise's std
+            a_hat = act + 1.0  # RMS error 1
+            a_delta = (a_hat + 0.3 * apart).requires_grad_()
+            moved, a = stage2.add_noise(a_delta, a_hat, batch, 0.3, generator())
+            q_delta, q = (slope * x.squeeze(-1).expand(2, -1, -1) for x in (moved, a))
+            stage2.alignment_loss(q_delta, q, torch.ones(len(act), 1), batch.valid, "one-sided")[0].backward()
+            shares.append(-a_delta.grad.sum().item() / slope)
+        assert shares == pytest.approx([0.5, 0.2398, 0.00234], abs=0.01)  # 1 - Phi(apart / sqrt 2)
+
+
 def test_every_factor_of_the_actor_loss():
     """sigma_e scales delta, the range bounds it, the applied shift gives the sign, q_scale divides, lambda_e weighs."""
     changes = dict(sigma_e=3.0, lambda_e=0.5, q_scale=7.0, rtg_range=(-1.0, 0.5))
@@ -285,7 +327,7 @@ def test_every_factor_of_the_actor_loss():
 
 
 def test_clean_and_perturbed_windows_have_dropout_masks_of_their_own():
-    policy, _, batch, settings = actor_setup(sigma_e=0.0)
+    policy, _, batch, settings = actor_setup(sigma_e=0.0, action_noise=0.0)
     actions = []
 
     class Listener(Constant):

@@ -210,6 +210,7 @@ def test_three_steps_of_main_are_algorithm_1(run_main, hopper_file, tmp_path, mo
     monkeypatch.setattr(stage2, "TAU", 0.1)
     assert run_main(stage1, *argv(hopper_file, tmp_path, *TINY1, "--gamma", 0.9))[0] == 0  # stage 2 takes it over
     papers = ["--sigma-e", 10, "--lambda-e", 0.3, "--delta-rtg", 1, "--max-push", 0, "--batch-size", B := 32]
+    papers += ["--action-noise", 0, "--dropout", 0.1]
     assert run_main(stage2, *argv(hopper_file, tmp_path, *TINY2, "--total-steps", 3, *papers))[0] == 0
     got = load(tmp_path / f"{ENV}__train_qalign_dt__1" / "resume.pt")
     config, task = got["config"], stage2.parse_env(ENV)
@@ -286,7 +287,7 @@ def test_table_d8_and_the_papers_sizes_are_the_defaults(hopper_file):
         return stage2.resolve(stage2.Args(env=env, **flags), stage2.parse_env(env), data, CPU)
 
     def row(env):
-        return tuple(getattr(config(env), name) for name in ("sigma_e", "lambda_e", "delta_rtg", "max_push"))
+        return tuple(getattr(config(env), name) for name in stage2.OTHER_DATA)
 
     paper = config("hopper-medium-v2")
     sizes = ("embed_dim", "n_layer", "n_head", "context_len", "batch_size", "critic_width", "total_steps", "actor_lr")
@@ -307,11 +308,11 @@ def test_table_d8_and_the_papers_sizes_are_the_defaults(hopper_file):
         "antmaze-large-diverse": (5, 100, 1),
     }
     for name, values in table.items():
-        assert row(f"{name}-v2") == (*values, 0), name
+        assert row(f"{name}-v2") == (*values, 0, 0, 0.1), name
     ours = {"hopper-expert": "hopper-medium-expert", "hopper-random": "hopper-medium"}
     ours |= {"ant-medium-replay": "halfcheetah-medium-replay"}
     for name, like in ours.items():
-        assert row(f"{name}-v2") == (*table[like], 0), name
+        assert row(f"{name}-v2") == (*table[like], 0, 0, 0.1), name
     for name in (
         "hopper-mini",
         "halfcheetah-mini",
@@ -319,7 +320,7 @@ def test_table_d8_and_the_papers_sizes_are_the_defaults(hopper_file):
         "walker2d-medium-own",
         "mujoco/hopper/medium-v0",
     ):
-        assert row(name) == (1.0, 0.1, 0.5, 0.3), name  # one set of numbers for all data that are not D4RL's
+        assert row(name) == (1.0, 0.1, 0.5, 0.3, 0.3, 0.0), name  # one set of numbers for all data that are not D4RL's
     assert config("hopper-mini").embed_dim == 64 and config("hopper-medium-own").embed_dim == 256
     assert config("hopper-medium-v2", delta_rtg=0.0).delta_rtg == 0  # given, though it is false
     iql, sarsa = (

@@ -71,7 +71,7 @@ def test_without_the_q_term_a_step_is_a_dts(hopper_file):
     """eta 0 against stage 2's own step without alignment loss, on the same windows: every bit."""
     learner = make(hopper_file, eta=0.0)
     config = stage2.Config(
-        **SIZES | dict(lambda_e=0.0, conv=False, actor_lr=1e-3, rtg_range=(0.0, 1.0), sigma_e=1.0, max_push=0.0)
+        **SIZES | dict(lambda_e=0.0, conv=False, actor_lr=1e-3, rtg_range=(0.0, 1.0), sigma_e=1.0, dropout=0.1)
     )
     other = stage2.CoTraining(qt.parse_env(ENV), learner.windows, config)
     other.policy.load_state_dict(learner.policy.state_dict())

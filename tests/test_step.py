@@ -26,6 +26,7 @@ def data(hopper_file):
 def co_training(data, device=CPU, **changes) -> stage2.CoTraining:
     fields = dict(embed_dim=16, n_layer=2, n_head=2, context_len=4, batch_size=8, critic_width=16, total_steps=10)
     fields |= dict(actor_lr=1e-3, lambda_e=0.3, sigma_e=1.0, delta_rtg=0.5, max_push=0.3, rtg_range=(-1.0, 4.0))
+    fields |= dict(dropout=0.1, action_noise=0.3)
     config = stage2.Config(**(fields | changes))
     return stage2.CoTraining(TASK, stage2.Windows(data, TASK, config.context_len, device), config)
 
@@ -73,7 +74,7 @@ def test_what_a_step_moves_and_that_targets_follow_by_tau(changes, moved, data):
 
 def test_the_policy_is_trained_against_the_critic_just_updated(data):
     """Lines 5 to 10, through the metrics: q_loss of the critic before its update, q_mean of the one after."""
-    learner = co_training(data)
+    learner = co_training(data, action_noise=0.0)
     learner.policy.eval()  # no dropout, so the step can be repeated
     learner.set_learning_rates(0)
     policy, critic = copy.deepcopy(learner.policy), copy.deepcopy(learner.critic)
