@@ -270,6 +270,7 @@ def test_noise_on_actions_is_of_their_error_and_independent_of_each_other():
     """Q is compared at noisy actions: std 0.3 x RMS error over valid steps; the gradient is that at the noisy one."""
     policy, _, batch, settings = actor_setup(B=256, sigma_e=0.0, action_noise=0.3)
     batch.valid[:128, :3] = False
+    batch.act[:128, :3] = 9.0  # padding does not count
     seen = []
 
     class Listener(Constant):

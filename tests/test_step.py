@@ -90,8 +90,11 @@ def test_the_policy_is_trained_against_the_critic_just_updated(data):
 
 
 def test_dropout_is_on_in_the_policy_and_off_in_its_target(data):
-    learner = co_training(data)
-    assert learner.policy.training and not learner.target_policy.training
+    for rate in (0.1, 0.0):
+        learner = co_training(data, dropout=rate)
+        assert learner.policy.training and not learner.target_policy.training
+        rates = {module.p for module in learner.policy.modules() if isinstance(module, torch.nn.Dropout)}
+        assert rates == {rate}
 
 
 def test_the_gradient_norm_is_clipped_at_15():
