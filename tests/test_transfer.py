@@ -36,7 +36,7 @@ def save_policy(path, env=ENV, seed=0, lambda_e=0.0):
     """A checkpoint of stage 2 with random weights, large enough to move the body in many ways."""
     task = transfer.parse_env(env)
     config = dict(embed_dim=16, n_layer=1, n_head=2, max_timestep=1000, context_len=4, conv=lambda_e > 0)
-    config |= dict(max_push=0.3, alignment="one-sided")
+    config |= dict(max_push=0.3, action_noise=0.3, dropout=0.0, alignment="one-sided")
     config |= dict(lambda_e=lambda_e, state_loss=lambda_e > 0, seed=1, total_steps=5, critic_width=8, gamma=0.99)
     torch.manual_seed(seed)
     policy = transfer.make_policy(task, config, bf16=False)
