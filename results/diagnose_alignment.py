@@ -126,7 +126,7 @@ def measure(trained, critic, data, args: Args) -> list[dict]:
 PANELS = (
     ("q_slope", "dQ / dRTG, per 1,000 of return"),
     ("q_range", "Q, highest minus lowest RTG"),
-    ("chance_share", "share of the alignment loss from dropout and noise"),
+    ("chance_share", "share of the alignment loss by chance"),
     ("force", "alignment force / imitation force"),
     ("gain", "Q gained over the recorded action"),
     ("off_clean", "rms action change, highest RTG"),
