@@ -590,8 +590,9 @@ def method_of(lambda_e: float, conv: bool, state_loss: bool) -> str:
 
 def label_of(record: dict) -> str:
     best = ", best checkpoint" if Path(record["checkpoint"]).name == "policy_best.pt" else ""
-    limit = f", max_push {record['max_push']:g}" if record.get("lambda_e") and record["max_push"] else ""
-    return f"{record['method']}, seed {record['seed']}{limit}{best}"
+    ours = [name for name in ("max_push", "action_noise") if record.get("lambda_e") and record[name]]
+    ours = "".join(f", {name} {record[name]:g}" for name in ours)
+    return f"{record['method']}, seed {record['seed']}{ours}{best}"
 
 
 def load_policy(path: Path, precision: str, device: torch.device) -> Trained:

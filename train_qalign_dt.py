@@ -9,8 +9,8 @@ authors' code:
     critic_loss       Eq. 7   TD targets take the target policy's action at an RTG raised by Delta_RTG
     alignment_loss    Eq. 5   an RTG raised (lowered) by a random delta must not lower (raise) Q
     actor_loss        Eq. 6   the supervised loss on actions and states + lambda_e times the alignment loss
-    add_noise         ours    compares Q at noisy actions, instead of by the chance of dropout  } both off for
-    limit_push        ours    keeps Eq. 6's second loss from outweighing the first              } D4RL's names
+    add_noise         ours    gives Eq. 5 a margin: Q is compared at noisy actions; off for D4RL's names
+    limit_push        ours    keeps the alignment loss from outweighing imitation; off for D4RL's names
     CoTraining.step   Algorithm 1
 
 Reads the dataset and stage 1's critic.pt (trained first if it is missing). Writes runs/<env>__<exp-name>__<seed>/ with
@@ -95,7 +95,7 @@ class Args:
     # not the paper's: std of the noise on the actions at which Eq. 5 compares Q, in units of the policy's root mean
     # square error of actions (default: 0 where Table D.8's row is taken, 0.3 for own data and Minari's)
     action_noise: float | None = None
-    # of the policy in training (default: the release's 0.1 where Table D.8's row is taken, 0 for own data and Minari's)
+    # dropout rate of the policy in training (default: the release's 0.1 where Table D.8's row is taken, else 0)
     dropout: float | None = None
     # form of the penalty: Eq. 5, or one of the two variants of Table E.11
     alignment: Literal["one-sided", "symmetric", "squared"] = "one-sided"
@@ -438,10 +438,11 @@ def limit_push(a_hat_delta, a_hat, batch: Batch, ratio: float) -> None:
 
 
 def add_noise(a_hat_delta, a_hat, batch: Batch, ratio: float, generator: torch.Generator):
-    """Not the paper's: both actions (B, K, act_dim) with noise of their own, of ratio times a_hat's RMS error.
+    """Not the paper's: both actions (B, K, act_dim) with independent noise, its std ratio times the RMS of a_hat - a.
 
-    Eq. 5 then asks for a change of Q that can be told from the policy's own errors: a margin in units of actions, the
-    same for every critic and body. (In the release the two windows' dropout masks do that, by chance.)
+    Eq. 5 is content with any change of Q in the right direction. Between noisy actions the change must stand out from
+    the policy's own errors: a margin in units of actions, whatever Q's scale. (In the release the two windows have
+    dropout masks of their own, which has the same effect by chance.)
     """
     error = masked_mean(((a_hat.detach() - batch.act) ** 2).mean(dim=-1), batch.valid).sqrt()
     noise = ratio * error * torch.randn((2, *a_hat.shape), generator=generator, device=a_hat.device)

@@ -84,16 +84,14 @@ def measure(trained, critic, data, args: Args) -> list[dict]:
         a = {name: actions(policy, x, None) for name, (x, _) in inputs.items()}
         q = {name: critic(obs, x) for name, x in a.items()} | {"data": critic(obs, act)}  # (2, B) each
         shifts = {name: shift.squeeze(1) for name, (_, shift) in inputs.items()}
-        sign, pairs = shifts["delta"].sign(), {"exact": (q["delta"], q["clean"])}
     # the two forces on the actions, and the alignment loss, as in training: with dropout and noise
     a_hat, a_delta = actions(policy, batch[:5], 1).detach(), actions(policy, inputs["delta"][0], 2).detach()
     a_hat.requires_grad_(), a_delta.requires_grad_()
     error = (a["clean"] - act).square().mean().sqrt()  # over all windows, not a batch of them
     noise = config.action_noise * error * torch.randn((2, *act.shape), generator=generator)
-    with torch.no_grad():
-        pairs["training"] = critic(obs, a_delta + noise[0]), critic(obs, a_hat + noise[1])
-    everything = torch.arange(args.windows)
-    align, _ = penalties((critic(obs, a_delta + noise[0]), pairs["training"][1]), sign, everything, config)
+    in_training, exact = (critic(obs, a_delta + noise[0]), critic(obs, a_hat + noise[1])), (q["delta"], q["clean"])
+    sign = shifts["delta"].sign()
+    align, _ = penalties(in_training, sign, torch.arange(args.windows), config)
     push = gradient(config.lambda_e * align, a_delta).square().sum(dim=1)
     pull = gradient((a_hat - act).square().mean(), a_hat).square().sum(dim=1)
     both = critic(obs, a_hat)
@@ -104,14 +102,14 @@ def measure(trained, critic, data, args: Args) -> list[dict]:
     for group in batch.timestep[:, -1].argsort().tensor_split(GROUPS):
         mean = partial(mean_of, group)
         moved = q["higher"].amin(dim=0) - q["lower"].amin(dim=0)
-        loss = {name: penalties(pair, sign, group, config) for name, pair in pairs.items()}
-        (exact, violated_exact), (training, violated) = ([float(x) for x in y] for y in loss.values())
+        loss, violated = (float(x) for x in penalties(in_training, sign, group, config))
+        exact_loss, exact_violated = (float(x) for x in penalties(exact, sign, group, config))
         row = {"timestep": [int(f(batch.timestep[group, -1])) for f in (torch.min, torch.max)]}
         row |= {"q_data": mean(data_q), "q_range": mean(highest - lowest)}
         row |= {"q_slope": mean(moved) / mean(shifts["higher"] - shifts["lower"]) / task.rtg_scale * 1000}
-        row |= {"align_loss": training, "align_loss_exact": exact}
-        row |= {"chance_share": 1 - exact / training if training else 0.0}
-        row |= {"violated": violated, "violated_exact": violated_exact}
+        row |= {"align_loss": loss, "align_loss_exact": exact_loss}
+        row |= {"chance_share": 1 - exact_loss / loss if loss else 0.0}
+        row |= {"violated": violated, "violated_exact": exact_violated}
         row |= {"force": (mean(push) / mean(pull)) ** 0.5}
         row |= {"off_data": mean((a["clean"] - act).square()) ** 0.5}
         row |= {"off_clean": mean((a["highest"] - a["clean"]).square()) ** 0.5, "gain": mean(highest - data_q)}

@@ -192,7 +192,8 @@ class Run:
         self.record_file = Path(args.results_dir) / "records" / f"{self.name}.json"
         self.definition = dict(run=self.name, data=data, flags=variant.flags, train_flags=args.train_flags)
         self.definition |= dict(critic_flags=critic_flags.strip(), rollouts=args.rollouts, target_step=args.target_step)
-        text = (ROOT / variant.script).read_text()
+        scripts = [variant.script, *([variant.base.script] if variant.base else [])]
+        text = "".join((ROOT / script).read_text() for script in scripts)
         self.definition["presets"] = re.findall(r"^(?:SMALL|OTHER_DATA) = .*", text, re.M)
 
 

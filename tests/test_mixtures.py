@@ -79,6 +79,8 @@ def test_the_file_holds_whole_episodes_in_the_order_drawn(tmp_path):
         (("all.hdf5", "--fraction", 0), "--fraction"),
         (("other.hdf5",), "D4RL's layout"),
         (("two.hdf5",), "2 complete episodes"),
+        (("uneven.hdf5",), "arrays of different lengths"),
+        (("truncated.hdf5",), "truncated"),
         (("all.hdf5", "--out", "nowhere/some.hdf5"), "nowhere/some.hdf5"),
     ],
 )
@@ -87,6 +89,11 @@ def test_bad_input_is_one_line(flags, message, tmp_path):
     write(tmp_path / "two.hdf5", lengths=(2, 2))
     with h5py.File(tmp_path / "other.hdf5", "w") as f:
         f["states"] = np.zeros(3)
+    write(tmp_path / "uneven.hdf5")
+    with h5py.File(tmp_path / "uneven.hdf5", "a") as f:
+        del f["actions"]
+        f["actions"] = np.zeros((3, 1))
+    (tmp_path / "truncated.hdf5").write_bytes((tmp_path / "all.hdf5").read_bytes()[:-50])
     file, *rest = flags
     rest = [tmp_path / x if "/" in str(x) else x for x in rest]
     out = () if "--out" in rest else ("--out", tmp_path / "some.hdf5")

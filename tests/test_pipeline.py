@@ -127,7 +127,7 @@ def test_compare_and_the_best_checkpoint(pipeline, run_main, tmp_path):
     assert [r["target_return"] for r in other["sweep"]] == [r["target_return"] for r in result["sweep"]]
     assert (
         stage3.label_of(other) == "DT, seed 1"
-        and stage3.label_of(result) == "Q-Align DT, seed 1, max_push 0.3, best checkpoint"
+        and stage3.label_of(result) == "Q-Align DT, seed 1, max_push 0.3, action_noise 0.3, best checkpoint"
     )
     assert f"at step {load(best)['step']}" in out or load(best)["step"] == 30
 

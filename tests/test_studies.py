@@ -189,11 +189,14 @@ def test_commands_of_a_run(tmp_path):
     )
     tuned = studies.Run(studies.STUDIES["vdt_online"][3], 2, args, {}).stages
     assert list(tuned) == ["base", "training", "sweep"]
-    assert tuned["base"] == studies.Run(studies.DT, 2, args, {}).stages["training"]  # shared with the DT's own line
+    DT = studies.DT
+    assert tuned["base"] == studies.Run(DT, 2, args, {}).stages["training"]  # shared with the DT's own line
     assert " ".join(tuned["training"][1]) == (
         f"baselines/tune_vdt.py {where} --dataset-path a b --exp-name tune_dt "
         f"--checkpoint {runs}/{ENV}__dt__2/policy.pt"
     )
+    presets = [studies.Run(studies.TUNED_DT._replace(base=x), 2, args, {}).definition["presets"] for x in (None, DT)]
+    assert presets == [[], studies.Run(DT, 2, args, {}).definition["presets"]]  # a tuned run's are its base's
     radt = studies.Run(studies.RADT._replace(flags="--x 1"), 1, args, {}).stages
     assert radt["training"][1][:5] == "baselines/train_radt.py --actor-lr 0.2 --x 1".split()
 
@@ -418,6 +421,28 @@ def test_a_study_from_data_to_table(data, main, tmp_path, monkeypatch):
     code, out, err = main(*argv, "--target-step", 50)
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert "target_step 100.0 there, 50.0 here; choose another --results-dir" in err
+
+
+@pytest.mark.slow
+def test_a_tuned_method_and_one_with_its_own_inference(data, main, tmp_path, monkeypatch):
+    """A DT that trains first and is then tuned in the simulator, and QT, which also acts by its critic."""
+    base = studies.DT._replace(flags=f"{studies.DT.flags} --eval-every 0")
+    tune = "--env-steps 30 --updates 1 --eval-every 0 --eval-rollouts 1"
+    variants = [studies.TUNED_DT._replace(base=base, flags=tune), studies.QT._replace(inference=("best",))]
+    monkeypatch.setitem(studies.STUDIES, "vdt_online", variants)
+    argv = f"vdt_online --env {ENV} --dataset-path {data} --seeds 1 --workers 2 --rollouts 1 --results-dir r".split()
+    argv += [f"--critic-flags={CRITIC}", f"--train-flags={TRAIN.removesuffix(' --eval-every 0')}"]
+    code, _, err = main(*argv)
+    assert (code, err) == (0, "")
+    tuned, qt = (json.loads(Path(f"r/records/{ENV}__{x}__1.json").read_text()) for x in ("tune_dt", "train_qt"))
+    assert list(tuned["seconds"]) == ["base", "training", "sweep"]
+    assert list(qt["seconds"]) == ["critic", "training", "sweep", "best"]
+    assert all(x > 0 for record in (tuned, qt) for x in record["seconds"].values())
+    best = json.loads(Path(f"runs/{ENV}__train_qt__1/high_targets_best.json").read_text())
+    assert (tuned["inference"], qt["inference"]) == ({}, {"best": best}) and best["inference"] == "best"
+    rows = list(csv.DictReader(open(f"r/vdt_online__{ENV}.csv")))
+    scores = [row["score, --inference best"] for row in rows]
+    assert scores == ["", str(best["high_targets"][0]["score_mean"])]
 
 
 def test_missing_runs_are_named_and_the_others_tabulated(main, tmp_path, monkeypatch):
