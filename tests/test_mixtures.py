@@ -47,7 +47,8 @@ def write(path, lengths=(3, 2, 4), incomplete=2):
     ends[np.cumsum(lengths) - 1] = True
     with h5py.File(path, "w") as f:
         f["observations"], f["actions"] = np.arange(n * 2.0).reshape(n, 2), np.arange(n * 1.0).reshape(n, 1)
-        f["rewards"], f["terminals"], f["timeouts"] = np.arange(n) * 1.0, ends & (np.arange(n) < 4), ends
+        f["rewards"] = np.arange(n) * 1.0
+        f["terminals"], f["timeouts"] = ends & (np.arange(n) < 4), ends & (np.arange(n) >= 4)
         f.attrs["env_id"] = "Hopper-v4"
 
 
@@ -66,7 +67,7 @@ def test_the_file_holds_whole_episodes_in_the_order_drawn(tmp_path):
         assert f.attrs["env_id"] == "Hopper-v4" and list(f.attrs["episodes"]) == [2, 1, 0]
         assert f["rewards"][:].tolist() == [5, 6, 7, 8, 3, 4, 0, 1, 2]
         assert f["observations"][:, 0].tolist() == [10, 12, 14, 16, 6, 8, 0, 2, 4]
-        assert f["timeouts"][:].tolist() == [False, False, False, True, False, True, False, False, True]
+        assert f["timeouts"][:].tolist() == [False, False, False, True, False, True, False, False, False]
         assert f["terminals"][:].tolist() == [False] * 8 + [True]
     assert list(tmp_path.glob("*.tmp")) == []
 
