@@ -56,6 +56,9 @@ class Args:
     # how the policy is asked, with --high-targets: by the return-to-go, or by a mode of the baseline's own, whose
     # answer does not depend on the target (plan: VDT's Algorithm 3; best, softmax: QT's choice by Q)
     inference: Literal["request", "plan", "best", "softmax"] = "request"
+    # how many of the last steps the policy sees when it acts (default: its K, as in training); fewer keep a policy from
+    # copying what it has just done. Into alignment_context_<n>.json, .csv and .png
+    context: int | None = None
     # episodes per target return (default: 30; --high-targets: 50; AntMaze, and --percentiles on CUDA: 100)
     rollouts: int | None = None
     # distance between two target returns, raw; 12 evenly spaced targets where this gives fewer
@@ -71,12 +74,12 @@ class Args:
     video: tuple[float, ...] = ()
 
     def __post_init__(self):
-        check_args(self, {"rollouts": 1, "target_step": 1, "video": -1e9})
+        check_args(self, {"rollouts": 1, "target_step": 1, "video": -1e9, "context": 1})
         for name in ("trajectories", "percentiles"):
             if self.high_targets and getattr(self, name):
                 raise ValueError(f"--{name} needs the whole sweep: leave out --high-targets")
-        if self.inference != "request" and (not self.high_targets or self.video or self.export):
-            text = "its answer does not depend on the target: with --high-targets only, no --video, no --export"
+        if self.inference != "request" and (not self.high_targets or self.video or self.export or self.context):
+            text = "its answer does not depend on the target: with --high-targets only, no --video, --export, --context"
             raise ValueError(f"--inference {self.inference}: {text}")
 
 
@@ -440,6 +443,14 @@ def plot_behaviour(records: list[dict], curves: list[dict], seconds_per_step: fl
     return figure
 
 
+def shorten(trained: "Trained", context: int | None) -> None:
+    """Let the policy act on its last `context` steps (None: as many as in training); exits 2 if it has fewer."""
+    config = trained.content["config"]
+    if (context or 1) > config["context_len"]:
+        fail(f"--context {context}: {trained.path} was trained on windows of K = {config['context_len']} steps")
+    config["context_len"] = context or config["context_len"]
+
+
 def with_inference(trained: "Trained", name: str) -> "Trained":
     """The checkpoint with its policy wrapped in a mode of its baseline's own; exits 2 if it has none of that name."""
     stage, content = trained.content["stage"], trained.content
@@ -485,6 +496,7 @@ def main() -> None:
         path, "fp32" if args.export else args.precision, torch.device("cpu") if args.export else device
     )
     task = trained.task
+    shorten(trained, args.context)
     if args.export:
         export(trained, Path(args.export))
         return print(f"{args.export}: call with rtg, obs, act, timestep and valid, as in class Raw")
@@ -492,6 +504,7 @@ def main() -> None:
         fail(f"{path} was trained on --env {task.name}, not {name}")
     policies = [trained, *(load_policy(Path(p), args.precision, device) for p in args.compare)]
     for other in policies:
+        shorten(other, args.context)
         if (other.task.env_id, other.task.ref_max) != (task.env_id, task.ref_max):
             fail(
                 f"{other.path} is a policy of {other.task.name}, not {task.name}; --compare needs the same environment"
@@ -522,13 +535,16 @@ def main() -> None:
         sweeps = [sweep(one, targets, high_targets, rollouts, args.seed, percentiles) for one in policies]
         records = [record for record, _ in sweeps]
     setting = {"rollouts": rollouts, "episode_seed": args.seed, "device": device.type, "inference": args.inference}
+    setting["context"] = args.context
     rows = []
     for record in records:
         for kind in [kind for kind in ("sweep", "high_targets", "percentiles") if kind in record]:
             which = {"checkpoint": record["checkpoint"], "seed": record["seed"], "kind": kind}
             rows += [which | row for row in record[kind]]
     title = f"{data['label']}\n{rollouts} rollouts per target"
+    title += f", context {args.context}" if args.context else ""
     result = setting | records[0] | ({"compare": records[1:]} if args.compare else {})
+    suffix = (f"_context_{args.context}" if args.context else "") + suffix
     mode = "" if args.inference == "request" else f"_{args.inference}"
     stem = folder / f"{'high_targets' if high_only else 'alignment'}{mode}{suffix}"
     write_results(stem, result, rows, None if high_only else plot(records, task, returns, title))

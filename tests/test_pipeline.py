@@ -132,6 +132,28 @@ def test_compare_and_the_best_checkpoint(pipeline, run_main, tmp_path):
     assert f"at step {load(best)['step']}" in out or load(best)["step"] == 30
 
 
+def test_context_is_what_the_policies_act_on(pipeline, run_main, tmp_path, monkeypatch):
+    own, seen, real = tmp_path / "policy.pt", [], stage3.Policy.act
+    shutil.copy(pipeline.policy, own)
+    K = load(own)["config"]["context_len"]
+    monkeypatch.setattr(stage3.Policy, "act", lambda self, *x: seen.append(x) or real(self, *x))
+
+    def rmse(*flags, file="alignment"):
+        seen.clear()
+        code, _, err = run_main(stage3, "--checkpoint", own, "--rollouts", 1, "--device", "cpu", *flags)
+        assert code == 0, err
+        result = json.loads((tmp_path / f"{file}.json").read_text())
+        return result["context"], {len(x[0][0]) for x in seen}, result["alignment_rmse"]
+
+    whole, same = rmse(), rmse("--context", K, file=f"alignment_context_{K}")
+    assert whole == (None, {K}, same[2]) and same[:2] == (K, {K})
+    short = rmse("--context", 2, "--compare", pipeline.dt, file="alignment_context_2")
+    assert short[:2] == (2, {2}) and K > 2 and short[2] != whole[2]
+    assert {x.shape[1] for inputs in seen for x in inputs} == {2} and all(inputs[4][:, -1].all() for inputs in seen)
+    code, _, err = run_main(stage3, "--checkpoint", own, "--context", K + 1)
+    assert code == 2 and f"trained on windows of K = {K}" in error_line(err)
+
+
 def test_a_dt_starts_without_stage_1(tmp_path, run_main, hopper_file, monkeypatch):
     monkeypatch.setattr(stage2, "stage_1", None)  # would raise if it were called
     code, out, err = run_main(stage2, *argv(hopper_file, tmp_path, *TINY2, "--lambda-e", 0, "--total-steps", 2))
