@@ -7,6 +7,7 @@ resumes, a failing run stops no other. Writes records/<run>.json and, per study,
 """
 
 import contextlib
+import csv
 import hashlib
 import importlib
 import io
@@ -428,10 +429,10 @@ def summarise(study: str, args: Args, records: dict[tuple[str, int], dict], miss
         *dict.fromkeys(command for label, every in seeds.items() for command in records[label, every[0]]["commands"]),
         "```\n",
     ]
-    sheet = [["variant", "seed", *names], *([*key, *r["quantities"].values()] for key, r in records.items())]
-    sheet = "".join(",".join("" if x is None else str(x) for x in row) + "\n" for row in sheet)
+    table = [["variant", "seed", *names], *([*key, *r["quantities"].values()] for key, r in records.items())]
+    csv.writer(sheet := io.StringIO(), lineterminator="\n").writerows(table)  # quotes names with commas; None is ""
     write_file(file.with_suffix(".png"), plot(records, f"{study}\n{setting}"))
-    write_file(file.with_suffix(".csv"), sheet.encode())
+    write_file(file.with_suffix(".csv"), sheet.getvalue().encode())
     write_file(file, "\n".join(text).encode())
     print(f"{study}: {file}")
 

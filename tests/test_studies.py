@@ -621,6 +621,7 @@ def test_finished_runs_are_tabulated_without_running_anything(main, tmp_path, mo
     assert "Spearman of Q and discounted return" not in text  # no record has it
     assert "best score" not in text and "hopper-mini__squared__1\n" in text and "squared__2\n" not in text
     rows = list(csv.reader(open("results/loss__hopper-mini.csv")))
+    assert len({len(row) for row in rows}) == 1 and "score, --inference plan" in rows[0]  # commas in names are quoted
     assert [row[:3] for row in rows][:3] == [["variant", "seed", "alignment RMSE"], ["Q-Align DT", "1", "1.0"]] + [
         ["Q-Align DT", "2", "2.0"]
     ]
