@@ -55,7 +55,7 @@ CLAIMS = {
     "time": "a DT that trains as long as Q-Align DT does not catch up (small preset: three times its 5,000 steps)",
     "neighbours": "not this paper's: which method follows the target return; RADT: 44.6% less absolute error than a DT",
     "radt": "RADT's: SeqRA and StepRA each beat a DT, both together are best, alpha helps",
-    "radt_tuning": "three learning rates of RADT",
+    "tuning": "three settings of each neighbour, on hopper_mixed-zoo (RVDT takes QT's eta)",
     "vdt": "VDT's: weights and Q term beat each alone (Table 3)",
     "vdt_context": "VDT's: K from 20 to 60 is best, 8 and 120 are worse (Table 5)",
     "qt_eta": "QT: more of the Q term, more score, less obedience",
@@ -66,7 +66,7 @@ CLAIMS = {
     "discount": "it does no harm that Q is discounted and the target return is not (App. D.2)",
     "spearman": "Q ranks realised returns (Table E.19)",
 }
-SEEDS = dict.fromkeys(CLAIMS, (1, 2)) | dict.fromkeys(("lambda", "remedy", "radt_tuning"), (1,))
+SEEDS = dict.fromkeys(CLAIMS, (1, 2)) | dict.fromkeys(("lambda", "remedy", "tuning"), (1,))
 SEEDS |= dict.fromkeys(("components", "spearman", "time", "neighbours", "radt"), (1, 2, 3))
 Q_ALIGN = Variant("Q-Align DT", "train_qalign_dt")
 DT_STATE = Variant("DT + state loss", "dt_state", "--lambda-e 0 --no-conv", critic=None)
@@ -102,6 +102,11 @@ VDTS = [
 ]
 QT = Variant("QT", "train_qt", "", "baselines/train_qt.py", inference=("best", "softmax"))
 QTS = [QT._replace(label=f"QT, eta {x}", exp_name=f"qt_eta_{x}", flags=f"--eta {x}", inference=()) for x in (0, 0.1, 5)]
+VDT_ETAS = [
+    VDTS[0]._replace(label=f"VDT, eta {x}", exp_name=f"vdt_eta_{x}", flags=f"--model-steps 0 --eta {x}")
+    for x in (0.3, 1)
+]
+QT_ETA = QTS[0]._replace(label="QT, eta 0.3", exp_name="qt_eta_0.3", flags="--eta 0.3")
 RVDT = Variant("RVDT", "train_rvdt", "", "baselines/train_rvdt.py")
 RVDTS = [
     RVDT._replace(label=label, exp_name=re.sub(r"\W+", "_", label.lower()), flags=flags)
@@ -126,7 +131,7 @@ STUDIES = {
     "time": [Q_ALIGN, DT, DT_STATE_CONV, DT_LONG],
     "neighbours": [Q_ALIGN, DT, RADT, VDT, QT, RVDT],
     "radt": [RADT, *RADTS],
-    "radt_tuning": [RADT, *RADT_RATES],
+    "tuning": [RADT, *RADT_RATES, VDT, *VDT_ETAS, QT, QTS[1], QT_ETA],
     "vdt": [VDT, *VDTS[:3], DT],
     "vdt_context": [VDT, *VDTS[3:]],
     "vdt_online": [VDT, TUNED_VDT, DT, TUNED_DT],

@@ -112,7 +112,14 @@ def test_names_that_studies_share_have_one_meaning():
     critics = {(variant.critic, variant.critic_flags) for variant in variants if variant.critic}
     assert len(critics) == len({name for name, _ in critics}) == 2
     first = {name: every[0] for name, every in studies.STUDIES.items()}
-    own = {"radt": studies.RADT, "vdt": studies.VDT, "qt": studies.QT, "rvdt": studies.RVDT, "low": studies.QT}
+    own = {
+        "radt": studies.RADT,
+        "vdt": studies.VDT,
+        "qt": studies.QT,
+        "rvdt": studies.RVDT,
+        "low": studies.QT,
+        "tuning": studies.RADT,
+    }
     assert all(one == own.get(name.partition("_")[0], studies.Q_ALIGN) for name, one in first.items())
     assert set(studies.STUDIES) == set(studies.CLAIMS) == set(studies.SEEDS)
     assert studies.SEEDS["components"] == (1, 2, 3) and studies.SEEDS["loss"] == (1, 2)
