@@ -56,8 +56,8 @@ class Args:
     # how the policy is asked, with --high-targets: by the return-to-go, or by a mode of the baseline's own, whose
     # answer does not depend on the target (plan: VDT's Algorithm 3; best, softmax: QT's choice by Q)
     inference: Literal["request", "plan", "best", "softmax"] = "request"
-    # how many of the last steps the policy sees when it acts (default: its K, as in training); fewer keep a policy from
-    # copying what it has just done. Into alignment_context_<n>.json, .csv and .png
+    # how many of the last steps the policy sees when it acts (default: its K, as in training): a short memory helps
+    # some policies that fail early. The names of the files then say so: alignment_context_<n>
     context: int | None = None
     # episodes per target return (default: 30; --high-targets: 50; AntMaze, and --percentiles on CUDA: 100)
     rollouts: int | None = None

@@ -152,6 +152,8 @@ def test_context_is_what_the_policies_act_on(pipeline, run_main, tmp_path, monke
     assert {x.shape[1] for inputs in seen for x in inputs} == {2} and all(inputs[4][:, -1].all() for inputs in seen)
     code, _, err = run_main(stage3, "--checkpoint", own, "--context", K + 1)
     assert code == 2 and f"trained on windows of K = {K}" in error_line(err)
+    code, _, err = run_main(stage3, "--checkpoint", own, "--context", 2, "--high-targets", "--inference", "best")
+    assert code == 2 and "no --video, --export, --context" in " ".join(err.replace("│", " ").split())
 
 
 def test_a_dt_starts_without_stage_1(tmp_path, run_main, hopper_file, monkeypatch):
