@@ -102,7 +102,7 @@ def measure(trained, critic, data, args: Args) -> list[dict]:
     for group in batch.timestep[:, -1].argsort().tensor_split(GROUPS):
         mean = partial(mean_of, group)
         moved = q["higher"].amin(dim=0) - q["lower"].amin(dim=0)
-        loss, violated = (float(x) for x in penalties(in_training, sign, group, config))
+        loss, violated = (float(x.detach()) for x in penalties(in_training, sign, group, config))
         exact_loss, exact_violated = (float(x) for x in penalties(exact, sign, group, config))
         row = {"timestep": [int(f(batch.timestep[group, -1])) for f in (torch.min, torch.max)]}
         row |= {"q_data": mean(data_q), "q_range": mean(highest - lowest)}
