@@ -1,5 +1,6 @@
 """The command line: three stages end to end, Algorithm 1, the paper's defaults, kill and resume."""
 
+import contextlib
 import csv
 import json
 import os
@@ -518,8 +519,12 @@ def test_stage_1_survives_a_killed_stage_2_and_is_waited_for(tmp_path, hopper_fi
     stage_1 = f"{ENV}__pretrain_q__1"
 
     def children():
-        lines = {p.parent: p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if p.exists()}
-        return [int(p.name) for p, line in lines.items() if b"pretrain_q.py" in line and str(tmp_path).encode() in line]
+        found = []
+        for file in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):  # some other process has ended meanwhile
+                line = file.read_bytes()
+                found += [int(file.parent.name)] * (b"pretrain_q.py" in line and str(tmp_path).encode() in line)
+        return found
 
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: (tmp_path / stage_1 / "metrics.csv").exists(), process)  # of its 2,000,000 steps
