@@ -443,12 +443,13 @@ def plot_behaviour(records: list[dict], curves: list[dict], seconds_per_step: fl
     return figure
 
 
-def shorten(trained: "Trained", context: int | None) -> None:
-    """Let the policy act on its last `context` steps (None: as many as in training); exits 2 if it has fewer."""
-    config = trained.content["config"]
-    if (context or 1) > config["context_len"]:
-        fail(f"--context {context}: {trained.path} was trained on windows of K = {config['context_len']} steps")
-    config["context_len"] = context or config["context_len"]
+def with_context(trained: "Trained", context: int | None) -> "Trained":
+    """The checkpoint, its policy acting on the last `context` steps (None: K); exits 2 if K is smaller."""
+    K = trained.content["config"]["context_len"]
+    if context and context > K:
+        fail(f"--context {context}: {trained.path} was trained on windows of K = {K} steps")
+    trained.content["config"]["context_len"] = context or K
+    return trained
 
 
 def with_inference(trained: "Trained", name: str) -> "Trained":
@@ -495,16 +496,15 @@ def main() -> None:
     trained = load_policy(
         path, "fp32" if args.export else args.precision, torch.device("cpu") if args.export else device
     )
-    task = trained.task
-    shorten(trained, args.context)
+    trained, task = with_context(trained, args.context), trained.task
     if args.export:
         export(trained, Path(args.export))
         return print(f"{args.export}: call with rtg, obs, act, timestep and valid, as in class Raw")
     if name and name != task.name:
         fail(f"{path} was trained on --env {task.name}, not {name}")
-    policies = [trained, *(load_policy(Path(p), args.precision, device) for p in args.compare)]
+    others = (load_policy(Path(p), args.precision, device) for p in args.compare)
+    policies = [trained, *(with_context(one, args.context) for one in others)]
     for other in policies:
-        shorten(other, args.context)
         if (other.task.env_id, other.task.ref_max) != (task.env_id, task.ref_max):
             fail(
                 f"{other.path} is a policy of {other.task.name}, not {task.name}; --compare needs the same environment"
@@ -534,8 +534,8 @@ def main() -> None:
         percentiles = percentile_targets(returns) if args.percentiles else ()
         sweeps = [sweep(one, targets, high_targets, rollouts, args.seed, percentiles) for one in policies]
         records = [record for record, _ in sweeps]
-    setting = {"rollouts": rollouts, "episode_seed": args.seed, "device": device.type, "inference": args.inference}
-    setting["context"] = args.context
+    setting = {"rollouts": rollouts, "episode_seed": args.seed, "device": device.type}
+    setting |= {"inference": args.inference, "context": args.context}
     rows = []
     for record in records:
         for kind in [kind for kind in ("sweep", "high_targets", "percentiles") if kind in record]:

@@ -56,6 +56,8 @@ def fail(message: str, code: int = 2):
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
+    if os.path.lexists(args.out):
+        fail(f"--out {args.out} exists; remove it, or name another file")
     try:
         with open(args.file, "rb"), h5py.File(args.file, "r") as f:
             arrays, attributes = {key: np.asarray(f[key]) for key in KEYS}, dict(f.attrs)

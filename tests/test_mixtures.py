@@ -70,6 +70,9 @@ def test_the_file_holds_whole_episodes_in_the_order_drawn(tmp_path):
         assert f["timeouts"][:].tolist() == [False, False, False, True, False, True, False, False, False]
         assert f["terminals"][:].tolist() == [False] * 8 + [True]
     assert list(tmp_path.glob("*.tmp")) == []
+    before = (tmp_path / "all.hdf5").read_bytes()
+    done = command(tmp_path / "all.hdf5", "--out", tmp_path / "all.hdf5")
+    assert done.returncode == 2 and "all.hdf5 exists" in done.stderr and (tmp_path / "all.hdf5").read_bytes() == before
 
 
 @pytest.mark.parametrize(
