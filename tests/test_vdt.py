@@ -347,5 +347,5 @@ def test_paper_and_small_presets():
         config = vars(vdt.resolve(vdt.Args(env=env), vdt.parse_env(env), data, CPU))
         return [config[name] for name in vdt.SIZES]
 
-    assert sizes("hopper-medium-v2") == [100_000, 256, 6, 4, 20, 256, 3e-4, 1_000_000, 0, 256, 50_000, 0.1]
-    assert sizes("walker2d-mini") == [5_000, 64, 2, 2, 10, 64, 1e-3, 10_000, 9_000, 128, 5_000, 0.0]
+    assert sizes("hopper-medium-v2") == [100_000, 256, 6, 4, 20, 256, 3e-4, 1_000_000, 0, 256, 50_000, 0.1, 3.0]
+    assert sizes("walker2d-mini") == [5_000, 64, 2, 2, 10, 64, 1e-3, 10_000, 9_000, 128, 5_000, 0.0, 0.3]
