@@ -103,8 +103,7 @@ VDTS = [
 QT = Variant("QT", "train_qt", "", "baselines/train_qt.py", inference=("best", "softmax"))
 QTS = [QT._replace(label=f"QT, eta {x}", exp_name=f"qt_eta_{x}", flags=f"--eta {x}", inference=()) for x in (0, 0.1, 5)]
 VDT_ETAS = [
-    VDTS[0]._replace(label=f"VDT, eta {x}", exp_name=f"vdt_eta_{x}", flags=f"--model-steps 0 --eta {x}")
-    for x in (1, 3)
+    VDTS[0]._replace(label=f"VDT, eta {x}", exp_name=f"vdt_eta_{x}", flags=f"--model-steps 0 --eta {x}") for x in (1, 3)
 ]
 QT_ETA = QTS[0]._replace(label="QT, eta 0.3", exp_name="qt_eta_0.3", flags="--eta 0.3")
 RVDT = Variant("RVDT", "train_rvdt", "", "baselines/train_rvdt.py")
