@@ -56,9 +56,9 @@ class Args:
     # how the policy is asked, with --high-targets: by the return-to-go, or by a mode of the baseline's own, whose
     # answer does not depend on the target (plan: VDT's Algorithm 3; best, softmax: QT's choice by Q)
     inference: Literal["request", "plan", "best", "softmax"] = "request"
-    # how many of the last steps the policy sees when it acts (default: its K, as in training); several: it acts on the
-    # mean of what it would do with each. For policies that fail early; files are then named alignment_context_<n>_<n>
-    context: tuple[int, ...] = ()
+    # how many of the last steps the policy sees when it acts (default: its K, as in training): a short memory helps
+    # some policies that fail early. The names of the files then say so: alignment_context_<n>
+    context: int | None = None
     # episodes per target return (default: 30; --high-targets: 50; AntMaze, and --percentiles on CUDA: 100)
     rollouts: int | None = None
     # distance between two target returns, raw; 12 evenly spaced targets where this gives fewer
@@ -443,26 +443,13 @@ def plot_behaviour(records: list[dict], curves: list[dict], seconds_per_step: fl
     return figure
 
 
-class Averaged(nn.Module):
-    """A policy that acts on the mean of its actions (B, act_dim) with the last n steps of the window, for each n."""
-
-    def __init__(self, policy: nn.Module, contexts: tuple[int, ...]):
-        super().__init__()
-        self.policy, self.contexts = policy, contexts
-
-    def act(self, *window):
-        return torch.stack([self.policy.act(*(x[:, -n:] for x in window)) for n in self.contexts]).mean(dim=0)
-
-
-def with_context(trained: "Trained", contexts: tuple[int, ...]) -> "Trained":
-    """The checkpoint, its policy acting on the last so many steps (none: K), or as Averaged; exits 2 above K."""
-    if not contexts:
-        return trained
-    K, longest = trained.content["config"]["context_len"], max(contexts)
-    if longest > K:
-        fail(f"--context {longest}: {trained.path} was trained on windows of K = {K} steps")
-    trained.content["config"]["context_len"] = longest
-    return trained._replace(policy=Averaged(trained.policy, contexts))
+def with_context(trained: "Trained", context: int | None) -> "Trained":
+    """The checkpoint, its policy acting on the last `context` steps (None: K); exits 2 if K is smaller."""
+    K = trained.content["config"]["context_len"]
+    if context and context > K:
+        fail(f"--context {context}: {trained.path} was trained on windows of K = {K} steps")
+    trained.content["config"]["context_len"] = context or K
+    return trained
 
 
 def with_inference(trained: "Trained", name: str) -> "Trained":
@@ -555,10 +542,9 @@ def main() -> None:
             which = {"checkpoint": record["checkpoint"], "seed": record["seed"], "kind": kind}
             rows += [which | row for row in record[kind]]
     title = f"{data['label']}\n{rollouts} rollouts per target"
-    contexts = "_".join(map(str, args.context))
-    title += f", context {contexts}" if contexts else ""
+    title += f", context {args.context}" if args.context else ""
     result = setting | records[0] | ({"compare": records[1:]} if args.compare else {})
-    suffix = (f"_context_{contexts}" if contexts else "") + suffix
+    suffix = (f"_context_{args.context}" if args.context else "") + suffix
     mode = "" if args.inference == "request" else f"_{args.inference}"
     stem = folder / f"{'high_targets' if high_only else 'alignment'}{mode}{suffix}"
     write_results(stem, result, rows, None if high_only else plot(records, task, returns, title))
