@@ -134,7 +134,7 @@ STUDIES = {
     "vdt": [VDT, *VDTS[:3], DT],
     "vdt_context": [VDT, *VDTS[3:]],
     "vdt_online": [VDT, TUNED_VDT, DT, TUNED_DT],
-    "low_data": [QT, RVDT, Q_ALIGN, DT],
+    "low_data": [QT, RVDT, DT],
     "qt_eta": [QT, *QTS],
     "rvdt": [RVDT, *RVDTS, QT, DT],
     "noise": [Q_ALIGN, *(Variant(f"sigma_n {x}", f"noise_{x}", f"--q-noise {x}") for x in (1, 10, 50))],
