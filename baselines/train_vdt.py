@@ -13,7 +13,8 @@ that rolls several return requests out in a learned model and takes the best one
 
 Three phases, one after the other: Q and V (which never see the policy), the policy, the model. The poster decides;
 its authors' code (ruthless-man/VDT) trains another loss, with n = 1, and plans in a second simulator. Ours: n, the
-model, lambda's normalisation by nu, the mean over dimensions; eta and the rewards' scale in Q and V are IQL's.
+model, lambda's normalisation by nu, the mean over dimensions, eta at the small preset; else eta, and the rewards' scale
+in Q and V, are IQL's.
 
 Writes runs/<env>__<exp-name>__<seed>/ with policy.pt, resume.pt, metrics.csv and TensorBoard events; the same command
 resumes. What follows `main` is plumbing, the same text as in train_qalign_dt.py.
