@@ -588,8 +588,8 @@ class Trained(NamedTuple):
 
     def identity(self) -> dict:
         """What result files say of a checkpoint."""
-        config, step = self.content["config"], self.content["step"]
-        names = ("seed", "total_steps", "lambda_e", "max_push", "action_noise", "dropout")
+        config, step = {"average": 0.0} | self.content["config"], self.content["step"]
+        names = ("seed", "total_steps", "lambda_e", "max_push", "action_noise", "dropout", "average")
         names += ("alignment", "conv", "state_loss")
         names = {name: config[name] for name in names[: 2 if "method" in config else None]}
         method = config.get("method") or method_of(config["lambda_e"], config["conv"], config["state_loss"])

@@ -11,6 +11,7 @@ authors' code:
     actor_loss        Eq. 6   the supervised loss on actions and states + lambda_e times the alignment loss
     add_noise         ours    gives Eq. 5 a margin: Q is compared at noisy actions; off for D4RL's names
     limit_push        ours    keeps the alignment loss from outweighing imitation; off for D4RL's names
+    CoTraining.follow ours    the result is a moving average of the policy's weights; off for D4RL's names
     CoTraining.step   Algorithm 1
 
 Reads the dataset and stage 1's critic.pt (trained first if it is missing). Writes runs/<env>__<exp-name>__<seed>/ with
@@ -72,7 +73,7 @@ class Args:
     # wall-clock time between resume.pt files; on a CPU no bit of a run's result depends on it
     checkpoint_minutes: float = 2.0
 
-    # gradient steps; both learning rates fall to 0 over them (default: 100,000; <body>-mini: 5,000)
+    # gradient steps; the learning rates fall to 0 over them (default: 100,000; <body>-mini: 5,000)
     total_steps: int | None = None
     embed_dim: int | None = None  # width of the transformer (default: 256; <body>-mini: 64)
     n_layer: int | None = None  # number of transformer blocks (default: 4; <body>-mini: 2)
@@ -97,6 +98,9 @@ class Args:
     action_noise: float | None = None
     # dropout rate of the policy in training (default: the release's 0.1 where Table D.8's row is taken, else 0)
     dropout: float | None = None
+    # not the paper's: rate of the moving average of the policy's weights that is evaluated and saved, at a constant
+    # learning rate; 0: the last weights (default: 0 where Table D.8's row is taken, 0.002 for own data and Minari's)
+    average: float | None = None
     # form of the penalty: Eq. 5, or one of the two variants of Table E.11
     alignment: Literal["one-sided", "symmetric", "squared"] = "one-sided"
     conv: bool = True  # causal convolution after W_q, W_k, W_v (App. D.1)
@@ -119,6 +123,8 @@ class Args:
             raise ValueError(f"--embed-dim {self.embed_dim} is not a multiple of --n-head {self.n_head}")
         if self.dropout and self.dropout >= 1:
             raise ValueError(f"--dropout {self.dropout}: must be below 1")
+        if self.average and self.average > 1:
+            raise ValueError(f"--average {self.average}: must not exceed 1")
         if self.rtg_range and self.rtg_range[0] > self.rtg_range[1]:
             raise ValueError(f"--rtg-range {self.rtg_range}: the first must be the smaller one")
 
@@ -147,7 +153,7 @@ SIZES = ("total_steps", "embed_dim", "n_layer", "n_head", "context_len", "batch_
 PAPER = dict(zip(SIZES, (100_000, 256, 4, 4, 20, 256, 256, 3e-4)))
 SMALL = dict(zip(SIZES, (5_000, 64, 2, 2, 10, 64, 128, 1e-3)))  # for small data and minutes on a CPU
 # For all data that are neither D4RL's nor AntMaze: one set of numbers (results/README.md, "Robust alignment").
-OTHER_DATA = dict(sigma_e=1.0, lambda_e=0.1, delta_rtg=0.5, max_push=0.3, action_noise=0.3, dropout=0.0)
+OTHER_DATA = dict(sigma_e=1.0, lambda_e=0.1, delta_rtg=0.5, max_push=0.3, action_noise=0.3, dropout=0.0, average=0.002)
 CRITIC_LR, L2, MAX_GRAD_NORM, TAU = 3e-4, 1e-4, 15.0, 0.005  # the release's
 LOG_EVERY = 100  # gradient steps per row of metrics.csv
 
@@ -158,7 +164,7 @@ def resolve(args: Args, task: "Task", data: "Dataset", device: torch.device) -> 
     if task.tag == "v2" or task.body == "antmaze":
         quality = "all" if task.body == "antmaze" else SAME_QUALITY.get(task.quality, task.quality)
         row = TABLE_D8["halfcheetah" if task.body == "ant" else task.body][quality]
-        loss = dict(zip(OTHER_DATA, (*row, 0.0, 0.0, 0.1)))
+        loss = dict(zip(OTHER_DATA, (*row, 0.0, 0.0, 0.1, 0.0)))
     defaults = loss | (SMALL if task.quality == "mini" else PAPER)
     rtg = data.returns_to_go() / task.rtg_scale
     defaults = defaults | {"rtg_range": task.rtg_range if data.is_d4rl else (float(rtg.min()), float(rtg.max()))}
@@ -504,18 +510,23 @@ class CoTraining:
         lr = torch.zeros(2, device=device)
         self.actor_opt = torch.optim.Adam(self.policy.parameters(), lr[0], weight_decay=L2, **adam)
         self.critic_opt = torch.optim.Adam(self.critic.parameters(), lr[1], **adam)
+        # what is evaluated and saved
+        self.result = copy.deepcopy(self.target_policy) if config.average else self.policy
         self.nets = dict(policy=self.policy, target_policy=self.target_policy)
         self.nets |= dict(critic=self.critic, target_critic=self.target_critic)
         self.parts = self.nets | dict(actor_opt=self.actor_opt, critic_opt=self.critic_opt)  # what resume.pt holds
+        if config.average:
+            self.parts["average"] = self.result
         if config.compile:
             self.nets = {name: torch.compile(net, dynamic=False) for name, net in self.nets.items()}
 
     def set_learning_rates(self, step: int) -> float:
-        """Both fall to 0 along a cosine; returns the actor's."""
+        """Both fall to 0 along a cosine, but the actor's where its weights are averaged; returns the actor's."""
         factor = 0.5 * (1 + math.cos(math.pi * step / self.config.total_steps))
-        self.actor_opt.param_groups[0]["lr"].fill_(self.config.actor_lr * factor)
+        actor_lr = self.config.actor_lr * (1 if self.config.average else factor)
+        self.actor_opt.param_groups[0]["lr"].fill_(actor_lr)
         self.critic_opt.param_groups[0]["lr"].fill_(CRITIC_LR * factor)
-        return self.config.actor_lr * factor
+        return actor_lr
 
     def step(self) -> torch.Tensor:
         """Algorithm 1, lines 3 to 11; returns the values of `metrics` (9,), on the device."""
@@ -535,6 +546,11 @@ class CoTraining:
             ema_update(self.target_critic, self.critic, TAU)
         return torch.cat([torch.stack([loss.detach(), *metrics, norm]), q_metrics])
 
+    def follow(self, step: int) -> None:
+        """After the step-th step: the average, of all steps until there are 1 / config.average of them."""
+        if self.config.average:
+            ema_update(self.result, self.policy, max(self.config.average, 1 / step))
+
 
 def descend(opt: torch.optim.Optimizer, loss: torch.Tensor) -> torch.Tensor:
     """One gradient step with the norm clipped; returns the norm before clipping."""
@@ -551,6 +567,7 @@ def evaluate(policy: Policy, task: "Task", targets, config: Config, data: "Datas
 
     All episodes advance together, the policy sees them as one batch; after each step rtg <- rtg - r / rtg_scale.
     """
+    training = policy.training
     policy.eval()
     n, K, device = len(targets) * config.eval_rollouts, config.context_len, next(policy.parameters()).device
     envs, first_seed = [make_env(task.env_id) for _ in range(n)], 1_000_000 + 1_000 * config.seed
@@ -573,7 +590,7 @@ def evaluate(policy: Policy, task: "Task", targets, config: Config, data: "Datas
             break
     for env in envs:
         env.close()
-    policy.train()
+    policy.train(training)
     return task.score(returns).reshape(len(targets), -1).mean(axis=1).tolist()
 
 
@@ -619,7 +636,7 @@ def main() -> None:
             content = dict(stage="train_qalign_dt", env=args.env, config=identity | {"gamma": config.gamma}, step=step)
             content |= dict(data=data.summary(), obs_mean=data.obs_mean, obs_std=data.obs_std)
             critic = learner.critic.state_dict() if config.lambda_e > 0 else None
-            content |= dict(policy=learner.policy.state_dict(), critic=critic)
+            content |= dict(policy=learner.result.state_dict(), critic=critic)
             save_checkpoint(folder / name, content | {"episode_returns": torch.as_tensor(data.returns)} | extra)
 
         def save() -> None:
@@ -631,7 +648,7 @@ def main() -> None:
         while True:
             due = config.eval_every and (step % config.eval_every == 0 or step == config.total_steps)
             if due and (not scores or scores[-1]["step"] < step):
-                achieved = evaluate(learner.policy, task, high_targets, config, data)
+                achieved = evaluate(learner.result, task, high_targets, config, data)
                 evaluations.write({"step": step} | {f"score_at_{x:g}": y for x, y in zip(high_targets, achieved)})
                 shown = (f"{y:.1f} at target return {x:g}" for x, y in zip(high_targets, achieved))
                 bar.write(f"step {step:,}: score {', '.join(shown)}")
@@ -643,6 +660,7 @@ def main() -> None:
             actor_lr = learner.set_learning_rates(step)
             sums += train_step()
             step += 1
+            learner.follow(step)
             bar.update()
             if step % LOG_EVERY == 0 or step == config.total_steps:
                 check_finite(learner, sums, step)

@@ -229,13 +229,14 @@ def test_quickstart_from_another_folder(tmp_path):
 # ---- Algorithm 1 ----
 
 
-def test_three_steps_of_main_are_algorithm_1(run_main, hopper_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("average", (0, 0.4))
+def test_three_steps_of_main_are_algorithm_1(average, run_main, hopper_file, tmp_path, monkeypatch):
     """Weights after three steps, against a loop written out from the equations: order, targets, clipping, schedules."""
     monkeypatch.setattr(stage2, "MAX_GRAD_NORM", 0.05)  # low enough to act in every step
     monkeypatch.setattr(stage2, "TAU", 0.1)
     assert run_main(stage1, *argv(hopper_file, tmp_path, *TINY1, "--gamma", 0.9))[0] == 0  # stage 2 takes it over
     papers = ["--sigma-e", 10, "--lambda-e", 0.3, "--delta-rtg", 1, "--max-push", 0, "--batch-size", B := 32]
-    papers += ["--action-noise", 0, "--dropout", 0.1]
+    papers += ["--action-noise", 0, "--dropout", 0.1, "--average", average]
     assert run_main(stage2, *argv(hopper_file, tmp_path, *TINY2, "--total-steps", 3, *papers))[0] == 0
     got = load(tmp_path / f"{ENV}__train_qalign_dt__1" / "resume.pt")
     config, task = got["config"], stage2.parse_env(ENV)
@@ -261,13 +262,14 @@ def test_three_steps_of_main_are_algorithm_1(run_main, hopper_file, tmp_path, mo
             row[valid] += applied[-1]
         return moved, torch.tensor(applied)[:, None]
 
+    average_policy = {}
     for step in range(3):
         decay = 0.5 * (1 + np.cos(np.pi * step / 3))
         if step == 0:
             critic_opt = torch.optim.Adam(critic.parameters(), lr=3e-4)
             actor_opt = torch.optim.Adam(policy.parameters(), lr=3e-4, weight_decay=1e-4)
-        for opt in (critic_opt, actor_opt):
-            opt.param_groups[0]["lr"] = 3e-4 * decay
+        critic_opt.param_groups[0]["lr"] = 3e-4 * decay
+        actor_opt.param_groups[0]["lr"] = 3e-4 * (1 if average else decay)
         batch = windows.sample(B, generator)
         rest = (batch.obs, batch.act, batch.timestep, batch.valid)
         with torch.no_grad():  # Eq. 7; a window's last step has no successor, and counts where the MDP ended
@@ -292,14 +294,21 @@ def test_three_steps_of_main_are_algorithm_1(run_main, hopper_file, tmp_path, mo
         (supervised + 0.3 * align).backward()
         assert torch.nn.utils.clip_grad_norm_(policy.parameters(), 0.05) > 0.05
         actor_opt.step()
+        rate = max(average, 1 / (step + 1))
+        average_policy = {k: (1 - rate) * average_policy.get(k, x) + rate * x for k, x in policy.state_dict().items()}
         for target, online in ((target_policy, policy), (target_critic, critic)):
             for p, o in zip(target.parameters(), online.parameters()):
                 p.data = 0.9 * p.data + 0.1 * o.data
     networks = dict(policy=policy, critic=critic, target_policy=target_policy, target_critic=target_critic)
+    assert set(got) >= {*networks} and ("average" in got) == bool(average)
     for name, module in networks.items():
         for key, value in module.state_dict().items():
             close = torch.isclose(got[name][key], value, rtol=1e-4, atol=2e-6)
             assert close.all(), f"{name} {key}: {(got[name][key] - value).abs().max()}"
+    saved = load(tmp_path / f"{ENV}__train_qalign_dt__1" / "policy.pt")["policy"]
+    for key, value in (average_policy if average else got["policy"]).items():
+        torch.testing.assert_close(saved[key], value, rtol=1e-4, atol=2e-6)
+    assert torch.equal(saved["embed_obs.weight"], got["policy"]["embed_obs.weight"]) == (not average)
 
 
 # ---- configuration ----
@@ -333,11 +342,11 @@ def test_table_d8_and_the_papers_sizes_are_the_defaults(hopper_file):
         "antmaze-large-diverse": (5, 100, 1),
     }
     for name, values in table.items():
-        assert row(f"{name}-v2") == (*values, 0, 0, 0.1), name
+        assert row(f"{name}-v2") == (*values, 0, 0, 0.1, 0), name
     ours = {"hopper-expert": "hopper-medium-expert", "hopper-random": "hopper-medium"}
     ours |= {"ant-medium-replay": "halfcheetah-medium-replay"}
     for name, like in ours.items():
-        assert row(f"{name}-v2") == (*table[like], 0, 0, 0.1), name
+        assert row(f"{name}-v2") == (*table[like], 0, 0, 0.1, 0), name
     for name in (
         "hopper-mini",
         "halfcheetah-mini",
@@ -345,7 +354,9 @@ def test_table_d8_and_the_papers_sizes_are_the_defaults(hopper_file):
         "walker2d-medium-own",
         "mujoco/hopper/medium-v0",
     ):
-        assert row(name) == (1.0, 0.1, 0.5, 0.3, 0.3, 0.0), name  # one set of numbers for all data that are not D4RL's
+        assert row(name) == (1.0, 0.1, 0.5, 0.3, 0.3, 0.0, 0.002), (
+            name
+        )  # one set of numbers for all data that are not D4RL's
     assert config("hopper-mini").embed_dim == 64 and config("hopper-medium-own").embed_dim == 256
     assert config("hopper-medium-v2", delta_rtg=0.0).delta_rtg == 0  # given, though it is false
     iql, sarsa = (

@@ -110,6 +110,36 @@ def test_learning_rates_fall_to_0_along_a_cosine(data):
         assert learner.set_learning_rates(step) == pytest.approx(1e-3 * factor, abs=1e-12)
         assert learner.actor_opt.param_groups[0]["lr"].item() == pytest.approx(1e-3 * factor, abs=1e-9)
         assert learner.critic_opt.param_groups[0]["lr"].item() == pytest.approx(3e-4 * factor, abs=1e-9)
+    learner = co_training(data, actor_lr=1e-3, average=0.1)  # the actor's stays
+    assert learner.set_learning_rates(5) == 1e-3 and learner.set_learning_rates(10) == 1e-3
+    rates = [opt.param_groups[0]["lr"].item() for opt in (learner.actor_opt, learner.critic_opt)]
+    assert rates == pytest.approx([1e-3, 0.0], abs=1e-9)
+
+
+def test_the_average_is_of_all_weights_so_far_then_forgets_at_its_rate(data):
+    learner = co_training(data, average=0.3, lambda_e=0.0)
+    learner.set_learning_rates(0)
+    seen = []
+    for step in range(1, 6):
+        learner.step()
+        learner.follow(step)
+        seen.append(weights(learner)["policy"])
+        if step <= 3:
+            torch.testing.assert_close(weights(learner)["average"], torch.stack(seen).mean(dim=0))
+    expected = 0.7 * (0.7 * torch.stack(seen[:3]).mean(dim=0) + 0.3 * seen[3]) + 0.3 * seen[4]
+    torch.testing.assert_close(weights(learner)["average"], expected)
+    assert (seen[4] - expected).abs().max() > 1e-3
+
+
+def test_what_is_evaluated_and_saved_is_the_policy_or_its_average(data):
+    plain, averaged = co_training(data), co_training(data, average=0.1)
+    assert plain.result is plain.policy and averaged.result is averaged.parts["average"]
+    plain.follow(1)  # nothing
+    assert "average" not in plain.parts and not averaged.result.training
+    config = stage2.Config(eval_rollouts=1, context_len=4)
+    for learner in plain, averaged:
+        stage2.evaluate(learner.result, TASK, (10.0,), config, data)
+        assert learner.policy.training and learner.result.training == (learner is plain)
 
 
 # ---- one step of stage 1 ----

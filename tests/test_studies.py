@@ -196,11 +196,11 @@ def test_commands_of_a_run(tmp_path):
     )
     tuned = studies.Run(studies.STUDIES["vdt_online"][3], 2, args, {}).stages
     assert list(tuned) == ["base", "training", "sweep"]
-    DT = studies.DT
+    DT = studies.DT_LAST
     assert tuned["base"] == studies.Run(DT, 2, args, {}).stages["training"]  # shared with the DT's own line
     assert " ".join(tuned["training"][1]) == (
         f"baselines/tune_vdt.py {where} --dataset-path a b --exp-name tune_dt "
-        f"--checkpoint {runs}/{ENV}__dt__2/policy.pt"
+        f"--checkpoint {runs}/{ENV}__dt_last_weights__2/policy.pt"
     )
     presets = [studies.Run(studies.TUNED_DT._replace(base=x), 2, args, {}).definition["presets"] for x in (None, DT)]
     assert presets == [[], studies.Run(DT, 2, args, {}).definition["presets"]]  # a tuned run's are its base's
