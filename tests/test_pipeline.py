@@ -236,7 +236,10 @@ def test_three_steps_of_main_are_algorithm_1(average, run_main, hopper_file, tmp
     monkeypatch.setattr(stage2, "TAU", 0.1)
     assert run_main(stage1, *argv(hopper_file, tmp_path, *TINY1, "--gamma", 0.9))[0] == 0  # stage 2 takes it over
     papers = ["--sigma-e", 10, "--lambda-e", 0.3, "--delta-rtg", 1, "--max-push", 0, "--batch-size", B := 32]
-    papers += ["--action-noise", 0, "--dropout", 0.1, "--average", average]
+    papers += ["--action-noise", 0, "--dropout", 0.1, "--average", average, "--eval-every", 3]
+    evaluated = []
+    evaluate = lambda policy, *_: evaluated.append(policy.embed_obs.weight.clone()) or [0.0, 0.0]  # noqa: E731
+    monkeypatch.setattr(stage2, "evaluate", evaluate)
     assert run_main(stage2, *argv(hopper_file, tmp_path, *TINY2, "--total-steps", 3, *papers))[0] == 0
     got = load(tmp_path / f"{ENV}__train_qalign_dt__1" / "resume.pt")
     config, task = got["config"], stage2.parse_env(ENV)
@@ -309,6 +312,7 @@ def test_three_steps_of_main_are_algorithm_1(average, run_main, hopper_file, tmp
     for key, value in (average_policy if average else got["policy"]).items():
         torch.testing.assert_close(saved[key], value, rtol=1e-4, atol=2e-6)
     assert torch.equal(saved["embed_obs.weight"], got["policy"]["embed_obs.weight"]) == (not average)
+    assert len(evaluated) == 2 and torch.equal(evaluated[1], saved["embed_obs.weight"])
 
 
 # ---- configuration ----

@@ -96,6 +96,7 @@ def test_flags_that_contradict_each_other(run_main, tmp_path, monkeypatch):
         (stage2, ["--embed-dim", 30, "--n-head", 4], "--n-head"),
         (stage2, ["--rtg-range", 4, -1], "--rtg-range"),
         (stage2, ["--dropout", 1], "--dropout"),
+        (stage2, ["--average", 1.1], "--average"),
         (stage2, ["--action-noise", -1], "--action-noise"),
         (stage2, ["--no-state-loss"], "--lambda-e 0"),
         (stage2, ["--batch-size", 0], "--batch-size"),
