@@ -73,7 +73,8 @@ class Args:
     # wall-clock time between resume.pt files; on a CPU no bit of a run's result depends on it
     checkpoint_minutes: float = 2.0
 
-    # gradient steps; the learning rates fall to 0 over them (default: 100,000; <body>-mini: 5,000)
+    # gradient steps; the learning rates fall to 0 over them, but the policy's with --average (default: 100,000;
+    # <body>-mini: 5,000)
     total_steps: int | None = None
     embed_dim: int | None = None  # width of the transformer (default: 256; <body>-mini: 64)
     n_layer: int | None = None  # number of transformer blocks (default: 4; <body>-mini: 2)
@@ -547,7 +548,7 @@ class CoTraining:
         return torch.cat([torch.stack([loss.detach(), *metrics, norm]), q_metrics])
 
     def follow(self, step: int) -> None:
-        """After the step-th step: the average, of all steps until there are 1 / config.average of them."""
+        """Not the paper's: move the average after the step-th step; up to step 1 / average it is the plain mean."""
         if self.config.average:
             ema_update(self.result, self.policy, max(self.config.average, 1 / step))
 

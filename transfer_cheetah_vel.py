@@ -440,8 +440,8 @@ def method_of(lambda_e: float, conv: bool, state_loss: bool) -> str:
 
 def label_of(record: dict) -> str:
     best = ", best checkpoint" if Path(record["checkpoint"]).name == "policy_best.pt" else ""
-    ours = [name for name in ("max_push", "action_noise") if record.get("lambda_e") and record[name]]
-    ours = "".join(f", {name} {record[name]:g}" for name in ours)
+    ours = ("max_push", "action_noise", "average") if record.get("lambda_e") else ("average",)
+    ours = "".join(f", {name} {record[name]:g}" for name in ours if record.get(name))
     return f"{record['method']}, seed {record['seed']}{ours}{best}"
 
 

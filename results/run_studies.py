@@ -51,7 +51,7 @@ CLAIMS = {
     "loss": "the symmetric penalty is unstable, the squared one changes little (Table E.11)",
     "sigma": "sigma_e is uncritical above a small value (Table E.12)",
     "lambda": "without the alignment loss the score is low; above some lambda_e it hardly depends on it (Table E.14)",
-    "average": "not the paper's: averaged weights instead of the last ones are as good or better, and steadier",
+    "average": "not the paper's: Q-Align DT answers better with averaged weights than with the last ones",
     "remedy": "not the paper's: noise on actions in place of dropout's, and a limit on the push, make one setting hold",
     "time": "a DT that trains as long as Q-Align DT does not catch up (small preset: three times its 5,000 steps)",
     "neighbours": "not this paper's: which method follows the target return; RADT: 44.6% less absolute error than a DT",
@@ -75,7 +75,7 @@ DT_ALIGNMENT = Variant("DT + state loss + alignment", "dt_alignment", "--no-conv
 DT_STATE_CONV = Variant("DT + state loss + conv", "dt_state_conv", "--lambda-e 0", critic=None)
 DELTAS = [Variant(f"Delta_RTG {x}", f"delta_rtg_{x}", f"--delta-rtg {x}") for x in (0, 10)]
 LAMBDAS = [Variant(f"lambda_e {x}", f"lambda_{x}", f"--lambda-e {x}") for x in (0.025, 0.4, 1.6)]  # of 0.1
-LAST = Variant("last weights", "last_weights", "--average 0")
+LAST = Variant("Q-Align DT, last weights", "last_weights", "--average 0")
 EARLIER = Variant(
     "last weights, dropout 0.1, no action noise", "by_dropout", "--average 0 --dropout 0.1 --action-noise 0"
 )
