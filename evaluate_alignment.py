@@ -56,8 +56,8 @@ class Args:
     # how the policy is asked, with --high-targets: by the return-to-go, or by a mode of the baseline's own, whose
     # answer does not depend on the target (plan: VDT's Algorithm 3; best, softmax: QT's choice by Q)
     inference: Literal["request", "plan", "best", "softmax"] = "request"
-    # how many of the last steps the policy sees when it acts (default: its K, as in training): a short memory helps
-    # some policies that fail early. The names of the files then say so: alignment_context_<n>
+    # how many of the last steps the policy sees when it acts (default: stage 2's --eval-context-len). The names of the
+    # files then say so: alignment_context_<n>
     context: int | None = None
     # episodes per target return (default: 30; --high-targets: 50; AntMaze, and --percentiles on CUDA: 100)
     rollouts: int | None = None
@@ -126,6 +126,8 @@ class Policy(nn.Module):
     s_hat (B, K, obs_dim), both float32. The action at step t depends on no token after s_t, and on no padding.
     """
 
+    eval_context_len = 0  # act depends on the last so many steps; 0: on all
+
     def __init__(self, obs_dim, act_dim, embed_dim, n_layer, n_head, max_timestep, conv=True, dropout=0.1, bf16=False):
         super().__init__()
         self.bf16, self.dropout = bf16, nn.Dropout(dropout)
@@ -146,7 +148,8 @@ class Policy(nn.Module):
 
     def act(self, rtg, obs, act, timestep, valid):
         """Only a_hat of the windows' last step (B, act_dim), for rollouts: the last block computes nothing else."""
-        s_t, _ = self.hidden(rtg, obs, act, timestep, valid, last=2).unbind(dim=1)
+        recent = (x[:, -self.eval_context_len :] for x in (rtg, obs, act, timestep, valid))
+        s_t, _ = self.hidden(*recent, last=2).unbind(dim=1)
         return torch.tanh(self.action_head(s_t))
 
     def hidden(self, rtg, obs, act, timestep, valid, last: int):  # -> (B, last, D) float32, of the last tokens
@@ -169,7 +172,9 @@ class Policy(nn.Module):
 def make_policy(task: "Task", config: dict, bf16: bool) -> Policy:
     """The policy that a checkpoint's configuration describes (randomly initialised from torch's global generator)."""
     sizes = (config[name] for name in ("embed_dim", "n_layer", "n_head", "max_timestep", "conv", "dropout"))
-    return Policy(task.obs_dim, task.act_dim, *sizes, bf16=bf16)
+    policy = Policy(task.obs_dim, task.act_dim, *sizes, bf16=bf16)
+    policy.eval_context_len = config.get("eval_context_len") or 0  # a baseline has none
+    return policy
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:
@@ -444,11 +449,12 @@ def plot_behaviour(records: list[dict], curves: list[dict], seconds_per_step: fl
 
 
 def with_context(trained: "Trained", context: int | None) -> "Trained":
-    """The checkpoint, its policy acting on the last `context` steps (None: K); exits 2 if K is smaller."""
+    """The checkpoint, its policy acting on the last `context` steps (None: as trained to); exits 2 if K is smaller."""
     K = trained.content["config"]["context_len"]
     if context and context > K:
         fail(f"--context {context}: {trained.path} was trained on windows of K = {K} steps")
-    trained.content["config"]["context_len"] = context or K
+    if context:
+        trained.content["config"]["context_len"], trained.policy.eval_context_len = context, 0
     return trained
 
 
@@ -588,9 +594,9 @@ class Trained(NamedTuple):
 
     def identity(self) -> dict:
         """What result files say of a checkpoint."""
-        config, step = {"average": 0.0} | self.content["config"], self.content["step"]
+        config, step = {"average": 0.0, "eval_context_len": 0} | self.content["config"], self.content["step"]
         names = ("seed", "total_steps", "lambda_e", "max_push", "action_noise", "dropout", "average")
-        names += ("alignment", "conv", "state_loss")
+        names += ("eval_context_len", "alignment", "conv", "state_loss")
         names = {name: config[name] for name in names[: 2 if "method" in config else None]}
         method = config.get("method") or method_of(config["lambda_e"], config["conv"], config["state_loss"])
         trained_on = {"env": self.task.name, "trained_on": self.content["data"]}

@@ -102,6 +102,9 @@ class Args:
     # not the paper's: rate of the moving average of the policy's weights that is evaluated and saved, at a constant
     # learning rate; 0: the last weights (default: 0 where Table D.8's row is taken, 0.002 for own data and Minari's)
     average: float | None = None
+    # not the paper's: a rollout's policy acts on the last so many steps of its window; 0: on all K of them
+    # (default: 0 where Table D.8's row is taken, 5 for own data and Minari's)
+    eval_context_len: int | None = None
     # form of the penalty: Eq. 5, or one of the two variants of Table E.11
     alignment: Literal["one-sided", "symmetric", "squared"] = "one-sided"
     conv: bool = True  # causal convolution after W_q, W_k, W_v (App. D.1)
@@ -154,7 +157,8 @@ SIZES = ("total_steps", "embed_dim", "n_layer", "n_head", "context_len", "batch_
 PAPER = dict(zip(SIZES, (100_000, 256, 4, 4, 20, 256, 256, 3e-4)))
 SMALL = dict(zip(SIZES, (5_000, 64, 2, 2, 10, 64, 128, 1e-3)))  # for small data and minutes on a CPU
 # For all data that are neither D4RL's nor AntMaze: one set of numbers (results/README.md, "Robust alignment").
-OTHER_DATA = dict(sigma_e=1.0, lambda_e=0.1, delta_rtg=0.5, max_push=0.3, action_noise=0.3, dropout=0.0, average=0.002)
+LOSS = ("sigma_e", "lambda_e", "delta_rtg", "max_push", "action_noise", "dropout", "average", "eval_context_len")
+OTHER_DATA = dict(zip(LOSS, (1.0, 0.1, 0.5, 0.3, 0.3, 0.0, 0.002, 5)))
 CRITIC_LR, L2, MAX_GRAD_NORM, TAU = 3e-4, 1e-4, 15.0, 0.005  # the release's
 LOG_EVERY = 100  # gradient steps per row of metrics.csv
 
@@ -165,7 +169,7 @@ def resolve(args: Args, task: "Task", data: "Dataset", device: torch.device) -> 
     if task.tag == "v2" or task.body == "antmaze":
         quality = "all" if task.body == "antmaze" else SAME_QUALITY.get(task.quality, task.quality)
         row = TABLE_D8["halfcheetah" if task.body == "ant" else task.body][quality]
-        loss = dict(zip(OTHER_DATA, (*row, 0.0, 0.0, 0.1, 0.0)))
+        loss = dict(zip(OTHER_DATA, (*row, 0.0, 0.0, 0.1, 0.0, 0)))
     defaults = loss | (SMALL if task.quality == "mini" else PAPER)
     rtg = data.returns_to_go() / task.rtg_scale
     defaults = defaults | {"rtg_range": task.rtg_range if data.is_d4rl else (float(rtg.min()), float(rtg.max()))}
@@ -222,6 +226,8 @@ class Policy(nn.Module):
     s_hat (B, K, obs_dim), both float32. The action at step t depends on no token after s_t, and on no padding.
     """
 
+    eval_context_len = 0  # act depends on the last so many steps; 0: on all
+
     def __init__(self, obs_dim, act_dim, embed_dim, n_layer, n_head, max_timestep, conv=True, dropout=0.1, bf16=False):
         super().__init__()
         self.bf16, self.dropout = bf16, nn.Dropout(dropout)
@@ -242,7 +248,8 @@ class Policy(nn.Module):
 
     def act(self, rtg, obs, act, timestep, valid):
         """Only a_hat of the windows' last step (B, act_dim), for rollouts: the last block computes nothing else."""
-        s_t, _ = self.hidden(rtg, obs, act, timestep, valid, last=2).unbind(dim=1)
+        recent = (x[:, -self.eval_context_len :] for x in (rtg, obs, act, timestep, valid))
+        s_t, _ = self.hidden(*recent, last=2).unbind(dim=1)
         return torch.tanh(self.action_head(s_t))
 
     def hidden(self, rtg, obs, act, timestep, valid, last: int):  # -> (B, last, D) float32, of the last tokens
@@ -265,7 +272,9 @@ class Policy(nn.Module):
 def make_policy(task: "Task", config: dict, bf16: bool) -> Policy:
     """The policy that a checkpoint's configuration describes (randomly initialised from torch's global generator)."""
     sizes = (config[name] for name in ("embed_dim", "n_layer", "n_head", "max_timestep", "conv", "dropout"))
-    return Policy(task.obs_dim, task.act_dim, *sizes, bf16=bf16)
+    policy = Policy(task.obs_dim, task.act_dim, *sizes, bf16=bf16)
+    policy.eval_context_len = config.get("eval_context_len") or 0  # a baseline has none
+    return policy
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:

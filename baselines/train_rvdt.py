@@ -199,6 +199,8 @@ class Policy(nn.Module):
     s_hat (B, K, obs_dim), both float32. The action at step t depends on no token after s_t, and on no padding.
     """
 
+    eval_context_len = 0  # act depends on the last so many steps; 0: on all
+
     def __init__(self, obs_dim, act_dim, embed_dim, n_layer, n_head, max_timestep, conv=True, dropout=0.1, bf16=False):
         super().__init__()
         self.bf16, self.dropout = bf16, nn.Dropout(dropout)
@@ -219,7 +221,8 @@ class Policy(nn.Module):
 
     def act(self, rtg, obs, act, timestep, valid):
         """Only a_hat of the windows' last step (B, act_dim), for rollouts: the last block computes nothing else."""
-        s_t, _ = self.hidden(rtg, obs, act, timestep, valid, last=2).unbind(dim=1)
+        recent = (x[:, -self.eval_context_len :] for x in (rtg, obs, act, timestep, valid))
+        s_t, _ = self.hidden(*recent, last=2).unbind(dim=1)
         return torch.tanh(self.action_head(s_t))
 
     def hidden(self, rtg, obs, act, timestep, valid, last: int):  # -> (B, last, D) float32, of the last tokens
@@ -242,7 +245,9 @@ class Policy(nn.Module):
 def make_policy(task: "Task", config: dict, bf16: bool) -> Policy:
     """The policy that a checkpoint's configuration describes (randomly initialised from torch's global generator)."""
     sizes = (config[name] for name in ("embed_dim", "n_layer", "n_head", "max_timestep", "conv", "dropout"))
-    return Policy(task.obs_dim, task.act_dim, *sizes, bf16=bf16)
+    policy = Policy(task.obs_dim, task.act_dim, *sizes, bf16=bf16)
+    policy.eval_context_len = config.get("eval_context_len") or 0  # a baseline has none
+    return policy
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:

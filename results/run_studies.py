@@ -75,15 +75,15 @@ DT_ALIGNMENT = Variant("DT + state loss + alignment", "dt_alignment", "--no-conv
 DT_STATE_CONV = Variant("DT + state loss + conv", "dt_state_conv", "--lambda-e 0", critic=None)
 DELTAS = [Variant(f"Delta_RTG {x}", f"delta_rtg_{x}", f"--delta-rtg {x}") for x in (0, 10)]
 LAMBDAS = [Variant(f"lambda_e {x}", f"lambda_{x}", f"--lambda-e {x}") for x in (0.025, 0.4, 1.6)]  # of 0.1
-LAST = Variant("Q-Align DT, last weights", "last_weights", "--average 0")
+LAST = Variant("Q-Align DT, last weights", "last_weights", "--average 0 --eval-context-len 0")
 EARLIER = Variant(
-    "last weights, dropout 0.1, no action noise", "by_dropout", "--average 0 --dropout 0.1 --action-noise 0"
+    "last weights, dropout 0.1, no action noise", "by_dropout", f"{LAST.flags} --dropout 0.1 --action-noise 0"
 )
 NO_NOISE = Variant("no dropout, no action noise", "no_noise", "--action-noise 0")
 NO_LIMIT = Variant("no limit", "no_limit", "--max-push 0")
 PAPERS = Variant("the paper's form, lambda_e 0.02", "papers", f"{EARLIER.flags} --max-push 0 --lambda-e 0.02")
 DT = Variant("DT", "dt", "--lambda-e 0 --no-conv --no-state-loss", critic=None)
-DT_LAST = Variant("DT, last weights", "dt_last_weights", DT.flags + " --average 0", critic=None)
+DT_LAST = Variant("DT, last weights", "dt_last_weights", f"{DT.flags} {LAST.flags}", critic=None)
 DT_LONG = Variant("DT, 15,000 steps", "dt_15000", DT.flags + " --total-steps 15000", critic=None)
 RADT = Variant("RADT", "train_radt", "", "baselines/train_radt.py", None)
 RADTS = [

@@ -149,6 +149,14 @@ def test_context_is_what_the_policies_act_on(pipeline, run_main, tmp_path, monke
     short = rmse("--context", 2, "--compare", pipeline.dt, file="alignment_context_2")
     assert short[:2] == (2, {2}) and K > 2 and short[2] != whole[2]
     assert {x.shape[1] for inputs in seen for x in inputs} == {2} and all(inputs[4][:, -1].all() for inputs in seen)
+    content = load(own)
+    content["config"]["eval_context_len"] = 2  # what stage 2 said holds, unless --context does
+    torch.save(content, own)
+    assert rmse()[2] == short[2] and rmse("--context", K, file=f"alignment_context_{K}") == same
+    assert json.loads((tmp_path / "alignment.json").read_text())["eval_context_len"] == 2
+    del content["config"]["eval_context_len"], content["config"]["average"]  # a policy of before they existed
+    torch.save(content, own)
+    assert rmse() == whole and json.loads((tmp_path / "alignment.json").read_text())["eval_context_len"] == 0
     code, _, err = run_main(stage3, "--checkpoint", own, "--context", K + 1)
     assert code == 2 and f"trained on windows of K = {K}" in error_line(err)
     code, _, err = run_main(stage3, "--checkpoint", own, "--context", 2, "--high-targets", "--inference", "best")
@@ -344,11 +352,11 @@ def test_table_d8_and_the_papers_sizes_are_the_defaults(hopper_file):
         "antmaze-large-diverse": (5, 100, 1),
     }
     for name, values in table.items():
-        assert row(f"{name}-v2") == (*values, 0, 0, 0.1, 0), name
+        assert row(f"{name}-v2") == (*values, 0, 0, 0.1, 0, 0), name
     ours = {"hopper-expert": "hopper-medium-expert", "hopper-random": "hopper-medium"}
     ours |= {"ant-medium-replay": "halfcheetah-medium-replay"}
     for name, like in ours.items():
-        assert row(f"{name}-v2") == (*table[like], 0, 0, 0.1, 0), name
+        assert row(f"{name}-v2") == (*table[like], 0, 0, 0.1, 0, 0), name
     for name in (
         "hopper-mini",
         "halfcheetah-mini",
@@ -357,7 +365,7 @@ def test_table_d8_and_the_papers_sizes_are_the_defaults(hopper_file):
         "mujoco/hopper/medium-v0",
     ):
         # one set of numbers for all data that are not D4RL's
-        assert row(name) == (1.0, 0.1, 0.5, 0.3, 0.3, 0.0, 0.002), name
+        assert row(name) == (1.0, 0.1, 0.5, 0.3, 0.3, 0.0, 0.002, 5), name
     assert config("hopper-mini").embed_dim == 64 and config("hopper-medium-own").embed_dim == 256
     assert config("hopper-medium-v2", delta_rtg=0.0).delta_rtg == 0  # given, though it is false
     iql, sarsa = (

@@ -46,6 +46,19 @@ def test_causality(policy, changed, first):
     assert not torch.allclose(s0[:, t + state_first], s1[:, t + state_first], atol=1e-4)
 
 
+@pytest.mark.parametrize("n", [1, 2, 5, 0, K, K + 2])
+def test_acting_depends_on_the_last_steps_only_and_training_on_all(policy, n):
+    """eval_context_len (--eval-context-len), 0: the whole window; a DT trained on K steps has learnt every length."""
+    inputs, recent = windows(), [x[:, -n:] for x in windows()]
+    whole = policy.act(*inputs)
+    forward = policy(*inputs)
+    alone = policy.act(*recent)
+    policy.eval_context_len = n
+    torch.testing.assert_close(policy.act(*inputs), alone)
+    assert torch.equal(policy(*inputs)[0], forward[0]) and torch.equal(policy(*inputs)[1], forward[1])
+    assert torch.allclose(alone, whole, atol=1e-4) == (n in (0, K, K + 2))
+
+
 @pytest.mark.parametrize("length", [1, 2, 5])
 def test_a_padded_window_gives_the_same_as_its_steps_alone(policy, length):
     alone = windows(length)

@@ -9,6 +9,7 @@ import torch
 
 import evaluate_alignment as stage3
 import train_qalign_dt as stage2
+import transfer_cheetah_vel as transfer
 
 BODIES = ["hopper", "halfcheetah", "walker2d", "ant"]
 TASK, K = stage3.parse_env("hopper-medium-test"), 5
@@ -160,6 +161,21 @@ def test_stage_2s_evaluation_equals_stage_3s_rollout(trained):
     returns = stage3.rollout(trained, np.repeat(targets, 2), seeds, stage3.HORIZON, "test").returns.reshape(3, 2)
     assert scores == pytest.approx((100 * (returns.mean(axis=1) + 20.272305) / (3234.3 + 20.272305)).tolist(), rel=1e-5)
     assert len(set(scores)) == 3 and (returns[:, 0] != returns[:, 1]).all()
+
+
+def test_eval_context_len_reaches_stage_2s_and_stage_3s_policy(trained, hopper_file):
+    """From the checkpoint's configuration; what an earlier checkpoint or a baseline lacks is the whole window."""
+    config = dict(embed_dim=16, n_layer=1, n_head=2, max_timestep=1000, conv=True, dropout=0.0)
+    for make in (stage2.make_policy, stage3.make_policy, transfer.make_policy):
+        assert make(TASK, config, False).eval_context_len == 0
+        assert make(TASK, config | {"eval_context_len": 3}, False).eval_context_len == 3
+    data, args = stage2.read_dataset(TASK, (str(hopper_file),)), dict(critic_width=8, embed_dim=16, n_head=2, n_layer=1)
+    for given, expected in ((None, 5), (0, 0), (2, 2)):
+        settings = stage2.resolve(
+            stage2.Args(env=TASK.name, eval_context_len=given, **args), TASK, data, torch.device("cpu")
+        )
+        learner = stage2.CoTraining(TASK, stage2.Windows(data, TASK, 4, torch.device("cpu")), settings)
+        assert learner.policy.eval_context_len == learner.result.eval_context_len == expected
 
 
 @pytest.mark.parametrize("body", ["halfcheetah", "ant"])

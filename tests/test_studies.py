@@ -143,7 +143,7 @@ def test_definition_of_a_run_is_that_of_earlier_records():
     args = studies.Args(("loss",), critic_flags="--lr 1e-3")
     run = studies.Run(studies.STUDIES["loss"][1], 2, args, {"hopper-mini.hdf5": "b8c036218f3244d3"})
     presets = run.definition.pop("presets")  # a record says which defaults it was trained with
-    assert [line.partition(" = ")[0] for line in presets] == ["SMALL", "OTHER_DATA"] and "max_push=0.3" in presets[1]
+    assert [line.partition(" = ")[0] for line in presets] == ["SMALL", "OTHER_DATA"] and "0.002" in presets[1]
     assert run.definition == {
         "run": "hopper-mini__symmetric__2",
         "data": {"hopper-mini.hdf5": "b8c036218f3244d3"},
