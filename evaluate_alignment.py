@@ -449,7 +449,7 @@ def plot_behaviour(records: list[dict], curves: list[dict], seconds_per_step: fl
 
 
 def with_context(trained: "Trained", context: int | None) -> "Trained":
-    """The checkpoint, its policy acting on the last `context` steps (None: as trained to); exits 2 if K is smaller."""
+    """The checkpoint, its policy acting on the last `context` steps (None: as stage 2 said); exits 2 if K < context."""
     K = trained.content["config"]["context_len"]
     if context and context > K:
         fail(f"--context {context}: {trained.path} was trained on windows of K = {K} steps")
