@@ -72,7 +72,7 @@ class Driver:
             self.before = (round(x), round(y))
             self.waypoints, self.goal = shortest_path(self.free, self.before, goal), goal
             for k, (i, j) in enumerate(self.waypoints[:-1]):
-                du, dv = self.rng.uniform(0, 0.2, 2)
+                du, dv = self.rng.uniform(0, 0.2, 2).tolist()
                 self.waypoints[k] = (i - du, j - dv)
         slow = hypot(x - self.before[0], y - self.before[1]) < NEAR
         arrived = slow and hypot(x - goal[0], y - goal[1]) < NEAR
@@ -145,7 +145,7 @@ def main() -> None:
         arrays = collect(args.env, transitions, args.seed)
         with h5py.File(temporary, "w") as f:
             for key, array in arrays.items():
-                f.create_dataset(key, data=array, compression="gzip")
+                f.create_dataset(key, data=array, compression="gzip", shuffle=True)
             f.attrs.update(env_id=args.env, seed=args.seed, transitions=transitions)
             f.attrs["command"] = shlex.join(["python", "data/collect_maze2d.py", *sys.argv[1:]])
         os.replace(temporary, path)

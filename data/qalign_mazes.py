@@ -119,22 +119,26 @@ def maze2d_model(maze: str):
     """The mujoco.MjModel of D4RL's point_maze: a ball of 4.19 kg, two motors of 100 N, no gravity, steps of 10 ms."""
     import mujoco
 
-    spec, box = mujoco.MjSpec(), mujoco.mjtGeom.mjGEOM_BOX
+    spec, kind = mujoco.MjSpec(), mujoco.mjtGeom
     spec.option.timestep, spec.option.iterations, spec.option.gravity = 0.01, 20, (0, 0, 0)
     for i, j in cells(maze, "#"):
         wall = dict(size=(0.5, 0.5, 0.2), contype=2, conaffinity=1, condim=1, rgba=(0.6, 0.5, 0.4, 1))
-        spec.worldbody.add_geom(type=box, pos=(i + 1, j + 1, 0), **wall)
+        spec.worldbody.add_geom(type=kind.mjGEOM_BOX, pos=(i + 1, j + 1, 0), **wall)
     ball = spec.worldbody.add_body(name="ball", pos=(1.2, 1.2, 0))  # so that qpos (i, j) is 0.2 off the cell's centre
     shape = dict(size=(0.1, 0, 0), density=1000, contype=1, conaffinity=1, condim=1, rgba=(0.2, 0.4, 0.9, 1))
     # MuJoCo 2 took the larger margin of the two geoms, 4.0 adds them: 0.002 on the ball alone is the same contact
-    ball.add_geom(type=mujoco.mjtGeom.mjGEOM_SPHERE, margin=0.002, **shape)
+    ball.add_geom(type=kind.mjGEOM_SPHERE, margin=0.002, **shape)
     for name, axis in (("x", (1, 0, 0)), ("y", (0, 1, 0))):
         ball.add_joint(name=name, type=mujoco.mjtJoint.mjJNT_SLIDE, axis=axis, damping=[1, 0, 0])
         motor = spec.add_actuator(name=name, target=name, trntype=mujoco.mjtTrn.mjTRN_JOINT)
         motor.gear[0], motor.ctrllimited, motor.ctrlrange = 100, True, (-1, 1)  # MuJoCo clips the actions
+    # for videos only: a floor without contacts, the rewarded disc, and a camera that sees all of it
     (i, j), (rows, columns) = cells(maze, "G")[0], (len(BALL_MAPS[maze]), len(BALL_MAPS[maze][0]))
-    spec.worldbody.add_site(name="goal", pos=(i + 1.2, j + 1.2, 0), size=(0.1, 0.1, 0.1), rgba=(0.9, 0.2, 0.2, 0.6))
-    centre = (rows + 1) / 2, (columns + 1) / 2
+    floor = dict(pos=(0, 0, -0.2), size=(20, 20, 1), contype=0, conaffinity=0, rgba=(0.9, 0.9, 0.9, 1))
+    spec.worldbody.add_geom(type=kind.mjGEOM_PLANE, **floor)
+    disc = dict(pos=(i + 1.2, j + 1.2, -0.2), size=(0.5, 0.01, 0), rgba=(0.9, 0.2, 0.2, 0.5))
+    spec.worldbody.add_site(name="goal", type=kind.mjGEOM_CYLINDER, **disc)
+    centre = ((rows + 1) / 2, (columns + 1) / 2)
     spec.worldbody.add_camera(name="above", pos=(*centre, 1.25 * max(rows, columns)))
     model = spec.compile()
     # what contacts take for 1 / mass of the ball: MuJoCo 2 computed 2/3 of it; with 4.0's own the walls would be softer
