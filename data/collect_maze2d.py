@@ -4,12 +4,14 @@
 
 The driver takes the shortest path to a random place, with noise on every action, draws the next place, and drives on:
 one trajectory of a million steps, without resets. It passes the goal that is rewarded by chance only.
-Quirks of D4RL's script are kept:
-    timeouts            rows at which the driver had arrived; the row after it repeats the observation, and the driver
-                        acts on that, while the ball has moved. infos/qpos and infos/qvel are true in every row
-    rewards[t]          belongs to observations[t], not to the observation that follows
-    terminals           all False
-D4RL's script is unseeded, so this is not its file, but one like it: `regenerated`, with its seed (data/README.md).
+
+Quirks of D4RL's script, which are kept:
+    timeouts    the rows at which the driver arrived. The row after it repeats the observation, and the driver acts on
+                that, while the ball has moved; infos/qpos and infos/qvel are true in every row
+    rewards     rewards[t] belongs to observations[t], not to the observation that follows
+    terminals   all False
+
+D4RL's script has no seed, so this is not its file but one like it: regenerated, and to be called so, with its seed.
 """
 
 import os

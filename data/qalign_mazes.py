@@ -86,7 +86,7 @@ BALL_MAPS = {  # G: goal, #: wall; one metre per cell, and the first axis, x, co
 # horizon: steps of an episode; min, max: D4RL's reference returns, of a random and of a scripted policy; a score is
 # 100 (return - min) / (max - min). The scripted policy is no expert: it drives straight at the goal, often into a wall
 MAZE2D = {
-    # open's reference returns are of episodes of 50 steps, so that scores reach 726
+    # open's reference returns are of episodes of 50 steps that start outside the goal's cell: scores reach 726
     "maze2d-open-v0": dict(maze="open", dense=False, horizon=150, min=0.01, max=20.66),
     "maze2d-open-dense-v0": dict(maze="open", dense=True, horizon=150, min=11.17817, max=27.166538620695782),
     "maze2d-umaze-v1": dict(maze="umaze", dense=False, horizon=300, min=23.85, max=161.86),
@@ -111,8 +111,7 @@ def in_maze(maze: str, qpos: np.ndarray) -> np.ndarray:
     """
     walls = np.array([list(row) for row in BALL_MAPS[maze]]) == "#"
     i, j = np.floor(np.asarray(qpos, np.float64).T + 0.7).astype(int)  # cell (i, j) reaches from i - 0.7 to i + 0.3
-    inside = (i >= 0) & (i < walls.shape[0]) & (j >= 0) & (j < walls.shape[1])
-    return inside & ~walls[np.where(inside, i, 0), np.where(inside, j, 0)]
+    return ~walls[i.clip(0, walls.shape[0] - 1), j.clip(0, walls.shape[1] - 1)]  # the outermost cells are walls
 
 
 def maze2d_model(maze: str):
