@@ -3,11 +3,13 @@
     python results/run_studies.py components loss --workers 2
 
 The stage scripts train and sweep each variant per seed, as processes. Nothing finished is run again, what was killed
-resumes, a failing run stops no other. Writes records/<run>.json and, per study, <study>__<env>.md, .csv and .png.
+resumes, a failing run stops no other. Writes records/<dataset>/<run>.json and studies/<dataset>/<study>.md, .csv, .png.
 """
 
+import ast
 import contextlib
 import csv
+import functools
 import hashlib
 import importlib
 import io
@@ -174,6 +176,22 @@ def fail(message: str, code: int = 2):
     sys.exit(code)
 
 
+def dataset_of(args: Args) -> str:
+    """What the data are called in results: by their files, or by --env."""
+    return "+".join(Path(file).stem for file in args.dataset_path) or args.env.replace("/", "--")
+
+
+@functools.cache
+def presets(script: Path) -> dict[str, float]:
+    """The defaults by which `script` trains small data that are not D4RL's, read without importing torch."""
+    names, values = {"SIZES", "LOSS", "PAPER", "SMALL", "OTHER_DATA"}, {"__builtins__": {"dict": dict, "zip": zip}}
+    for node in ast.parse(script.read_text()).body:
+        target = getattr(node, "targets", [getattr(node, "target", None)])[0]
+        if getattr(target, "id", None) in names:
+            exec(compile(ast.Module([node], []), script, "exec"), values)
+    return values.get("SMALL", {}) | values.get("OTHER_DATA", {})
+
+
 class Run:
     """One variant with one seed, on the given data (file name -> hash); its record has the same definition."""
 
@@ -202,12 +220,12 @@ class Run:
             checkpoint = ["--checkpoint", str(folder / "policy.pt")]
             self.stages[mode] = folder, ["evaluate_alignment.py", *own, *checkpoint, *ask]
         self.log = runs_dir / "logs" / f"{self.name}.log"
-        self.record_file = Path(args.results_dir) / "records" / f"{self.name}.json"
+        self.record_file = Path(args.results_dir) / "records" / dataset_of(args) / f"{self.name}.json"
         self.definition = dict(run=self.name, data=data, flags=variant.flags, train_flags=args.train_flags)
         self.definition |= dict(critic_flags=critic_flags.strip(), rollouts=args.rollouts, target_step=args.target_step)
-        scripts = [variant.script, *([variant.base.script] if variant.base else [])]
-        text = "".join((ROOT / script).read_text() for script in scripts)
-        self.definition["presets"] = re.findall(r"^(?:SMALL|OTHER_DATA) = .*", text, re.M)
+        self.definition["presets"] = presets(ROOT / variant.script)
+        if variant.base:
+            self.definition["presets"] = self.definition["presets"] | presets(ROOT / variant.base.script)
 
 
 def read_record(run: Run) -> dict | None:
@@ -216,8 +234,10 @@ def read_record(run: Run) -> dict | None:
         return None
     try:
         record = json.loads(run.record_file.read_text())
-        ours, theirs, alignment = run.definition, record["definition"], record["alignment"]
-        differs = [f"{k} {theirs.get(k)!r} there, {ours[k]!r} here" for k in ours if theirs.get(k) != ours[k]]
+        both, alignment = (run.definition, record["definition"]), record["alignment"]
+        ours, theirs = ({k: v for k, v in one.items() if k != "presets"} | one["presets"] for one in both)
+        differs = [k for k in ours | theirs if ours.get(k) != theirs.get(k)]
+        differs = [f"{k} {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in differs]
         data, steps, targets = alignment["trained_on"], alignment["total_steps"], len(alignment["sweep"])
         record["setting"] = f"{data['label']} ({data['digest']}), {steps:,} gradient steps, {targets} target returns"
         record |= {"commands": list(map(str, record["commands"])), "quantities": quantities(record)}
@@ -423,7 +443,7 @@ def summarise(study: str, args: Args, records: dict[tuple[str, int], dict], miss
     if len(settings := {r["setting"] for r in records.values()} - set(own)) > 1:
         fail(f"{study}: cannot compare {' with '.join(sorted(settings))}; remove the old records", code=1)
     setting = f"{(*settings, *own)[0]}, {args.rollouts} rollouts each"
-    file = Path(args.results_dir, f"{study}__{args.env.replace('/', '--')}.md")
+    file = Path(args.results_dir, "studies", dataset_of(args), f"{study}.md")
     seeds = {label: [seed for other, seed in records if other == label] for label, _ in records}
     names = list(next(iter(records.values()))["quantities"])
     rows = [["quantity", *(f"{label} (seeds {', '.join(map(str, every))})" for label, every in seeds.items())]]

@@ -1,6 +1,7 @@
 """results/run_studies.py: what is compared, what is run and shared, resuming, failing runs, bad input, tables."""
 
 import csv
+import importlib
 import json
 import os
 import shutil
@@ -143,7 +144,8 @@ def test_definition_of_a_run_is_that_of_earlier_records():
     args = studies.Args(("loss",), critic_flags="--lr 1e-3")
     run = studies.Run(studies.STUDIES["loss"][1], 2, args, {"hopper-mini.hdf5": "b8c036218f3244d3"})
     presets = run.definition.pop("presets")  # a record says which defaults it was trained with
-    assert [line.partition(" = ")[0] for line in presets] == ["SMALL", "OTHER_DATA"] and "0.002" in presets[1]
+    assert presets["total_steps"] == 5000 and presets["lambda_e"] == 0.1 and presets["average"] == 0.002
+    assert all(isinstance(value, int | float) for value in presets.values())
     assert run.definition == {
         "run": "hopper-mini__symmetric__2",
         "data": {"hopper-mini.hdf5": "b8c036218f3244d3"},
@@ -153,6 +155,41 @@ def test_definition_of_a_run_is_that_of_earlier_records():
         "rollouts": 10,
         "target_step": 100.0,
     }
+
+
+def test_presets_are_the_values_that_the_script_has():
+    """Read from its text, as tables need no torch; however it is written."""
+    for name in ("train_qalign_dt", "train_qt", "train_rvdt", "train_radt", "train_vdt"):
+        (script,) = (path for path in (ROOT / f"{name}.py", ROOT / "baselines" / f"{name}.py") if path.exists())
+        module = importlib.import_module(name)
+        assert studies.presets(script) == module.SMALL | (module.OTHER_DATA if name == "train_qalign_dt" else {})
+    assert studies.presets(ROOT / "baselines" / "tune_vdt.py") == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "SIZES = ('a',)\nSIZES += ('b', 'c')\nSMALL = dict(zip(SIZES, (5_000, 1e-3, 0.3)))",
+        "import torch_is_not_imported\nSMALL = dict(a=5_000, b=1e-3)  # why\nOTHER_DATA = {'c': 0.3}\nROOT = unknown()",
+        "SMALL = dict(\n    a=5_000,\n    b=1e-3,\n)\nOTHER_DATA = SMALL | dict(c=0.3)",
+    ],
+)
+def test_presets_however_they_are_written(text, tmp_path):
+    (tmp_path / "script.py").write_text(text)
+    assert studies.presets(tmp_path / "script.py") == {"a": 5000, "b": 0.001, "c": 0.3}
+
+
+def test_results_lie_under_the_name_of_their_data(tmp_path):
+    for env, files, name in (
+        ("hopper-mini", (), "hopper-mini"),
+        ("hopper-mini", ("far/hopper_mixed-zoo.hdf5",), "hopper_mixed-zoo"),
+        ("halfcheetah-medium-expert-zoo", ("a.hdf5", "b.hdf5"), "a+b"),
+        ("mujoco/hopper/medium-v0", (), "mujoco--hopper--medium-v0"),
+    ):
+        args = make_args(tmp_path, env=env, dataset_path=files)
+        assert studies.dataset_of(args) == name
+        run = studies.Run(studies.Q_ALIGN, 1, args, {})
+        assert run.record_file == tmp_path / "results/records" / name / f"{run.name}.json"
 
 
 def test_commands_of_a_run(tmp_path):
@@ -203,7 +240,7 @@ def test_commands_of_a_run(tmp_path):
         f"--checkpoint {runs}/{ENV}__dt_last_weights__2/policy.pt"
     )
     presets = [studies.Run(studies.TUNED_DT._replace(base=x), 2, args, {}).definition["presets"] for x in (None, DT)]
-    assert presets == [[], studies.Run(DT, 2, args, {}).definition["presets"]]  # a tuned run's are its base's
+    assert presets == [{}, studies.Run(DT, 2, args, {}).definition["presets"]]  # a tuned run's are its base's
     radt = studies.Run(studies.RADT._replace(flags="--x 1"), 1, args, {}).stages
     assert radt["training"][1][:5] == "baselines/train_radt.py --actor-lr 0.2 --x 1".split()
 
@@ -236,7 +273,7 @@ def test_a_failing_run_shows_its_line_and_stops_no_other(tmp_path, capfd):
     records = studies.perform_all(runs, workers=2)
     assert list(records) == ["hopper-mini__good__1"] and time.monotonic() - start < 30
     assert records["hopper-mini__good__1"]["alignment"]["alignment_rmse"] == 2.0
-    assert [file.stem for file in (tmp_path / "results/records").iterdir()] == list(records)
+    assert [file.stem for file in (tmp_path / "results/records/hopper-mini").iterdir()] == list(records)
     out, err = capfd.readouterr()
     empty, log = tmp_path / "runs/hopper-mini__empty__1", f"(log: {tmp_path}/runs/logs/hopper-mini__"
     assert sorted(err.splitlines()) == [
@@ -358,8 +395,8 @@ def test_interrupted_or_unreadable_is_one_line(tmp_path):
     """The program itself, stopped while it reads a record that never comes; then with a folder in its place."""
     argv = [sys.executable, ROOT / "results/run_studies.py", "spearman", "--results-dir", tmp_path, "--seeds", "1"]
     argv += ["--runs-dir", tmp_path / "runs"]
-    record = tmp_path / "records/hopper-mini__train_qalign_dt__1.json"
-    record.parent.mkdir()
+    record = tmp_path / "records/hopper-mini/hopper-mini__train_qalign_dt__1.json"
+    record.parent.mkdir(parents=True)
     os.mkfifo(record)
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, restore_signals=True)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -404,27 +441,27 @@ def test_a_study_from_data_to_table(data, main, tmp_path, monkeypatch):
     )
     assert out.startswith("2 runs, 0 of them finished before")
     assert sorted(out.splitlines()[1:]) == sorted(
-        [f"{name}: starts", f"{bad}: starts", f"{name}: finished", f"components: results/components__{ENV}.md"]
+        [f"{name}: starts", f"{bad}: starts", f"{name}: finished", f"components: results/studies/noise/components.md"]
     )
-    record = json.loads(Path(f"results/records/{name}.json").read_text())
+    record = json.loads(Path(f"results/records/noise/{name}.json").read_text())
     assert record["alignment"] == json.loads(Path(f"runs/{name}/alignment.json").read_text())
     assert record["critic"] == json.loads(Path(f"runs/{ENV}__pretrain_q__1/report.json").read_text())
     assert all(record["seconds"][stage] > 0 for stage in ("critic", "training", "sweep"))
     scripts = [command.split()[1] for command in record["commands"]]
     assert scripts == ["pretrain_q.py", "train_qalign_dt.py", "evaluate_alignment.py"]
-    text = Path(f"results/components__{ENV}.md").read_text()
+    text = Path("results/studies/noise/components.md").read_text()
     assert "| quantity | Q-Align DT (seeds 1) |\n" in text and "hopper data, not D4RL: noise.hdf5" in text
     assert f"Missing: {bad}." in text and record["commands"][1] in text
-    rows = list(csv.DictReader(open(f"results/components__{ENV}.csv")))
+    rows = list(csv.DictReader(open("results/studies/noise/components.csv")))
     assert [(row["variant"], row["seed"]) for row in rows] == [("Q-Align DT", "1")]
     assert float(rows[0]["alignment RMSE"]) == record["alignment"]["alignment_rmse"]
-    assert Path(f"results/components__{ENV}.png").read_bytes()[:4] == b"\x89PNG"
+    assert Path("results/studies/noise/components.png").read_bytes()[:4] == b"\x89PNG"
 
     again = []  # the same command runs only what is missing
     monkeypatch.setattr(studies, "perform_all", lambda runs, workers: again.extend(runs) or {})
     code, out, err = main(*argv)
     assert code == 1 and out.startswith("2 runs, 1 of them finished before") and [run.name for run in again] == [bad]
-    assert Path(f"results/components__{ENV}.md").read_text() == text
+    assert Path("results/studies/noise/components.md").read_text() == text
     code, out, err = main(*argv, "--target-step", 50)
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert "target_step 100.0 there, 50.0 here; choose another --results-dir" in err
@@ -441,13 +478,13 @@ def test_a_tuned_method_and_one_with_its_own_inference(data, main, tmp_path, mon
     argv += [f"--critic-flags={CRITIC}", f"--train-flags={TRAIN.removesuffix(' --eval-every 0')}"]
     code, _, err = main(*argv)
     assert (code, err) == (0, "")
-    tuned, qt = (json.loads(Path(f"r/records/{ENV}__{x}__1.json").read_text()) for x in ("tune_dt", "train_qt"))
+    tuned, qt = (json.loads(Path(f"r/records/noise/{ENV}__{x}__1.json").read_text()) for x in ("tune_dt", "train_qt"))
     assert list(tuned["seconds"]) == ["base", "training", "sweep"]
     assert list(qt["seconds"]) == ["critic", "training", "sweep", "best"]
     assert all(x > 0 for record in (tuned, qt) for x in record["seconds"].values())
     best = json.loads(Path(f"runs/{ENV}__train_qt__1/high_targets_best.json").read_text())
     assert (tuned["inference"], qt["inference"]) == ({}, {"best": best}) and best["inference"] == "best"
-    rows = list(csv.DictReader(open(f"r/vdt_online__{ENV}.csv")))
+    rows = list(csv.DictReader(open("r/studies/noise/vdt_online.csv")))
     scores = [row["score, --inference best"] for row in rows]
     assert scores == ["", str(best["high_targets"][0]["score_mean"])]
 
@@ -461,7 +498,7 @@ def test_missing_runs_are_named_and_the_others_tabulated(main, tmp_path, monkeyp
     monkeypatch.setattr(studies, "ROOT", tmp_path)  # where there is no data
     code, out, err = main("spearman", "--seeds", 1, 2, "--results-dir", "results")
     assert code == 1 and err == "error: 1 of 2 runs are missing; the same command continues\n"
-    text = Path("results/spearman__hopper-mini.md").read_text()
+    text = Path("results/studies/hopper-mini/spearman.md").read_text()
     assert f"Missing: {second.name}." in text and "Q-Align DT (seeds 1) |" in text
 
 
@@ -618,8 +655,10 @@ def test_finished_runs_are_tabulated_without_running_anything(main, tmp_path, mo
         write_record(run, make_record(run, [i + 1.0] * 12))
     code, out, err = main("loss", "spearman", "--results-dir", "results")
     assert code == 0 and not err and out.startswith("7 runs, 7 of them finished before")
-    assert out.splitlines()[1:] == ["loss: results/loss__hopper-mini.md", "spearman: results/spearman__hopper-mini.md"]
-    text = Path("results/loss__hopper-mini.md").read_text()
+    assert out.splitlines()[1:] == [
+        f"{study}: results/studies/hopper-mini/{study}.md" for study in ("loss", "spearman")
+    ]
+    text = Path("results/studies/hopper-mini/loss.md").read_text()
     assert text.startswith("# loss: the symmetric penalty is unstable") and "12 target returns, 10 rollouts" in text
     heads = "| quantity | Q-Align DT (seeds 1, 2) | symmetric (seeds 1, 2) | squared (seeds 1, 2) |"
     assert f"\n\n{heads}\n| --- | --- | --- | --- |\n| alignment RMSE |" in text
@@ -627,7 +666,7 @@ def test_finished_runs_are_tabulated_without_running_anything(main, tmp_path, mo
     assert row.split(" | ")[1:3] == ["**1.50** [1.00, 2.00] (1.00, 2.00)", "**3.50** [3.00, 4.00] (3.00, 4.00)"]
     assert "Spearman of Q and discounted return" not in text  # no record has it
     assert "best score" not in text and "hopper-mini__squared__1\n" in text and "squared__2\n" not in text
-    rows = list(csv.reader(open("results/loss__hopper-mini.csv")))
+    rows = list(csv.reader(open("results/studies/hopper-mini/loss.csv")))
     assert len({len(row) for row in rows}) == 1 and "score, --inference plan" in rows[0]  # commas in names are quoted
     assert [row[:3] for row in rows][:3] == [["variant", "seed", "alignment RMSE"], ["Q-Align DT", "1", "1.0"]] + [
         ["Q-Align DT", "2", "2.0"]
@@ -635,7 +674,7 @@ def test_finished_runs_are_tabulated_without_running_anything(main, tmp_path, mo
     for flags in (["--rollouts", 5], ["--train-flags=--actor-lr 1"], ["--critic-flags=--lr 1"]):
         code, out, err = main("loss", "--results-dir", "results", *flags)
         assert (code, out, len(err.splitlines())) == (2, "", 1) and "here; choose another --results-dir" in err
-    assert "(seeds 1, 2, 3)" in Path("results/spearman__hopper-mini.md").read_text()
+    assert "(seeds 1, 2, 3)" in Path("results/studies/hopper-mini/spearman.md").read_text()
 
 
 def test_runs_of_other_data_or_length_are_not_put_into_one_table(main, tmp_path, monkeypatch):
