@@ -55,6 +55,7 @@ CLAIMS = {
     "lambda": "without the alignment loss the score is low; above some lambda_e it hardly depends on it (Table E.14)",
     "average": "not the paper's: Q-Align DT answers best by averaged weights that act on the last 5 of 10 steps",
     "remedy": "not the paper's: noise on actions in place of dropout's, and a limit on the push, make one setting hold",
+    "additions": "not the paper's: which of our additions a perturbation of the paper's size needs",
     "time": "a DT that trains as long as Q-Align DT does not catch up (small preset: three times its 5,000 steps)",
     "neighbours": "not this paper's: which method follows the target return; RADT: 44.6% less absolute error than a DT",
     "radt": "RADT's: SeqRA and StepRA each beat a DT, both together are best, alpha helps",
@@ -89,6 +90,16 @@ DT = Variant("DT", "dt", "--lambda-e 0 --no-conv --no-state-loss", critic=None)
 DT_WHOLE = Variant("DT, whole window", "dt_whole_window", f"{DT.flags} {WHOLE.flags}", critic=None)
 DT_LAST = Variant("DT, last weights", "dt_last_weights", f"{DT.flags} {LAST.flags}", critic=None)
 DT_LONG = Variant("DT, 15,000 steps", "dt_15000", DT.flags + " --total-steps 15000", critic=None)
+# On top of --train-flags='--sigma-e 10 --delta-rtg 1 --lambda-e 0.3 --eval-every 0' (HalfCheetah: 15, 2, 0.3).
+BOTH = Variant("limit and noise", "both")
+LIMIT = Variant("limit, dropout 0.1", "limit", "--action-noise 0 --dropout 0.1")
+NOISE = Variant("noise, no limit", "noise_only", "--max-push 0")
+NEITHER = Variant("the paper's loss", "neither", "--max-push 0 --action-noise 0 --dropout 0.1")
+NEITHER_3 = Variant("the paper's loss, lambda_e / 3", "neither_third", f"{NEITHER.flags} --lambda-e 0.1")
+BOTH_LAST = Variant("limit and noise, last weights", "both_last", "--average 0")
+LIMIT_LAST = Variant("limit, dropout 0.1, last weights", "limit_last", f"{LIMIT.flags} --average 0")
+NOISE_LAST = Variant("noise, no limit, last weights", "noise_last", f"{NOISE.flags} --average 0")
+BEYOND = Variant("limit and noise, bounds beyond", "both_beyond", "--rtg-range -1 6")
 RADT = Variant("RADT", "train_radt", "", "baselines/train_radt.py", None)
 RADTS = [
     RADT._replace(label="RADT, SeqRA only", exp_name="radt_seqra", flags="--no-stepra"),
@@ -137,6 +148,7 @@ STUDIES = {
     "lambda": [Q_ALIGN, DT_STATE_CONV, *LAMBDAS],
     "average": [Q_ALIGN, WHOLE, LAST, DT, DT_WHOLE, DT_LAST],
     "remedy": [Q_ALIGN, LAST, EARLIER, NO_NOISE, NO_LIMIT, PAPERS, DT],
+    "additions": [BOTH, LIMIT, NOISE, NEITHER_3, NEITHER, BOTH_LAST, LIMIT_LAST, NOISE_LAST, BEYOND],
     "time": [Q_ALIGN, DT, DT_STATE_CONV, DT_LONG],
     "neighbours": [Q_ALIGN, DT, DT_LAST, RADT, VDT, QT, RVDT],
     "radt": [RADT, *RADTS],

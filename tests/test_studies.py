@@ -114,6 +114,7 @@ def test_names_that_studies_share_have_one_meaning():
     assert len(critics) == len({name for name, _ in critics}) == 2
     first = {name: every[0] for name, every in studies.STUDIES.items()}
     own = {
+        "additions": studies.BOTH,
         "radt": studies.RADT,
         "vdt": studies.VDT,
         "qt": studies.QT,
