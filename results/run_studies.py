@@ -140,6 +140,8 @@ RVDTS = [
 TUNED_VDT = Variant("VDT, tuned online", "tune_vdt", "", "baselines/tune_vdt.py", None, base=VDT)
 TUNED_DT = TUNED_VDT._replace(label="DT, tuned online", exp_name="tune_dt", base=DT_LAST)
 GAMMA = Variant("gamma 0.997", "gamma_0.997", critic="pretrain_q_gamma_0.997", critic_flags="--gamma 0.997")
+COLOURS = {"Q-Align DT": "#0072B2", "DT": "#000000", "RADT": "#009E73", "VDT": "#E69F00", "QT": "#D55E00"}
+COLOURS |= dict.fromkeys(("RVDT", "RDT"), "#CC79A7")  # Okabe and Ito's; by a label's beginning, else Q-Align DT's
 STUDIES = {
     "components": [Q_ALIGN, DT, DT_STATE, DT_STATE_CONV, DT_ALIGNMENT],
     "critic": [Q_ALIGN, Variant("fixed critic", "fixed_critic", "--no-update-q"), *DELTAS],
@@ -252,6 +254,8 @@ def read_record(run: Run) -> dict | None:
         differs = [f"{k} {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in differs]
         data, steps, targets = alignment["trained_on"], alignment["total_steps"], len(alignment["sweep"])
         record["setting"] = f"{data['label']} ({data['digest']}), {steps:,} gradient steps, {targets} target returns"
+        average = alignment.get("average")  # absent where the method has none
+        record["weights"] = f"averaged (--average {average})" if average else "of the last step"
         record |= {"commands": list(map(str, record["commands"])), "quantities": quantities(record)}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{run.record_file}: not a record of this program ({error!r:.80}); remove it") from None
@@ -417,35 +421,47 @@ def quantities(record: dict) -> dict[str, float | None]:
     return found
 
 
-def cell(values: list[float | None]) -> str:
-    """Mean, its 95% percentile bootstrap interval (of two different values or more), and every value."""
+def cell(values: list[float | None], digits: int = 2) -> str:
+    """Mean over the seeds and its 95% percentile bootstrap interval, if two values differ."""
     from scipy.stats import bootstrap
 
-    known, interval = [x for x in values if x is not None], ""
+    known = [x for x in values if x is not None]
     if not known:
         return "-"
+    numbers = [np.mean(known)]
     if np.ptp(known) > 0:
-        low, high = bootstrap((known,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
-        interval = f" [{low:.2f}, {high:.2f}]"
-    return f"**{np.mean(known):.2f}**{interval} ({', '.join('-' if x is None else f'{x:.2f}' for x in values)})"
+        numbers += bootstrap((known,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
+    mean, *interval = (f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.{digits}f}" for x in numbers)
+    return f"{mean} [{', '.join(interval)}]" if interval else mean
 
 
-def plot(records: dict[tuple[str, int], dict], title: str) -> bytes:
-    """Achieved against target score: every seed of every variant thin, their mean thick."""
+def plot(records: dict[tuple[str, int], dict], dataset: str) -> bytes:
+    """Achieved against requested score, one panel per variant: the mean of its seeds in their range."""
     from matplotlib.figure import Figure
 
-    figure, picture = Figure(figsize=(7, 5.5), layout="constrained"), io.BytesIO()
-    axes = figure.subplots()
-    for i, label in enumerate(dict.fromkeys(label for label, _ in records)):
-        sweeps = [record["alignment"]["sweep"] for (other, _), record in records.items() if other == label]
+    every = {label: [record for (other, _), record in records.items() if other == label] for label, _ in records}
+    few, many = (extreme(map(len, every.values())) for extreme in (min, max))
+    seeds = f"{many} seed{'s' * (many > 1)}" if few == many else f"{few} to {many} seeds"
+    rows = -(-len(every) // 4)
+    columns = -(-len(every) // rows)
+    figure, picture = Figure(figsize=(10, 1.1 + rows * min(10.5 / columns, 4)), layout="constrained"), io.BytesIO()
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    for panel in panels[len(every) :]:
+        panel.set_axis_off()
+    for i, (panel, (label, runs)) in enumerate(zip(panels, every.items())):
+        sweeps = [record["alignment"]["sweep"] for record in runs]
         x, y = (np.array([[row[k] for row in rows] for rows in sweeps]).T for k in ("target_score", "score_mean"))
-        axes.plot(x, y, color=f"C{i}", linewidth=0.8, alpha=0.4)
-        axes.plot(x[:, 0], y.mean(axis=1), color=f"C{i}", linewidth=2.2, label=label)
-    axes.plot(x[[0, -1], 0], x[[0, -1], 0], "--", color="0.5", label="achieved = target")
-    axes.set(xlabel="target score", ylabel="achieved score (thin: each seed, thick: mean)")
-    axes.set_title(title.replace("), ", "),\n", 1), fontsize="x-small")
-    axes.legend(fontsize="small")
-    figure.savefig(picture, format="png", dpi=110)
+        colour = next((value for name, value in COLOURS.items() if label.startswith(name)), COLOURS["Q-Align DT"])
+        panel.plot(x[[0, -1], 0], x[[0, -1], 0], "--", color="0.5", linewidth=1.2)
+        panel.fill_between(x[:, 0], y.min(axis=1), y.max(axis=1), color=colour, alpha=0.25, linewidth=0)
+        panel.plot(x[:, 0], y.mean(axis=1), color=colour, linewidth=2)
+        rmse = cell([record["alignment"]["alignment_rmse"] for record in runs], digits=1)
+        panel.set_title(f"{label}\nRMSE {rmse}", fontsize=12)
+        panel.tick_params(labelsize=11, labelbottom=i + columns >= len(every))
+    figure.suptitle(f"Achieved against requested return, {dataset}, {seeds}", fontsize=15)
+    figure.supxlabel("requested score (dashed: achieved = requested)", fontsize=13)
+    figure.supylabel("achieved score (line: mean, band: all seeds)", fontsize=13)
+    figure.savefig(picture, format="png", dpi=100)
     return picture.getvalue()
 
 
@@ -460,22 +476,28 @@ def summarise(study: str, args: Args, records: dict[tuple[str, int], dict], miss
     names = list(next(iter(records.values()))["quantities"])
     rows = [["quantity", *(f"{label} (seeds {', '.join(map(str, every))})" for label, every in seeds.items())]]
     rows += [["---"] * len(rows[0])]
+    weights = [{records[label, seed]["weights"] for seed in every} for label, every in seeds.items()]
+    rows += [["weights", *(" or ".join(sorted(each)) for each in weights)]]
     for name in names:
         values = [[records[label, seed]["quantities"][name] for seed in every] for label, every in seeds.items()]
         rows += [[name, *map(cell, values)]]
+    rows = [row for row in rows if set(row[1:]) != {"-"}] + [[]]
+    rows += [["variant", "seed", *(ours := ("alignment RMSE", "score at the data's highest return"))], ["---"] * 4]
+    rows += [[label, f"{seed}", *(cell([r["quantities"][x]]) for x in ours)] for (label, seed), r in records.items()]
     text = [
         f"# {study}: {CLAIMS[study]}\n",
-        f"{setting}; policies of the last step; scores in D4RL points. Cells: **mean** [95% percentile bootstrap",
-        "interval] (each seed). With two or three seeds that interval is little more than their range.\n",
+        f"{setting}; scores in D4RL points. Cells: mean [95% percentile bootstrap interval]; with two or three",
+        f"seeds that interval is little more than their range. Every value of each seed: [{study}.csv]({study}.csv).\n",
         *([f"Missing: {', '.join(missing)}.\n"] if missing else []),
-        *(f"| {' | '.join(row)} |" for row in rows if set(row[1:]) != {"-"}),
-        f"\n![achieved against target score]({file.stem}.png)\n\nThe commands, for one seed of each variant:\n\n```",
+        f"![achieved against requested return]({study}.png)\n",
+        *(f"| {' | '.join(row)} |" if row else "" for row in rows),
+        "\nThe commands, for one seed of each variant:\n\n```",
         *dict.fromkeys(command for label, every in seeds.items() for command in records[label, every[0]]["commands"]),
         "```\n",
     ]
     table = [["variant", "seed", *names], *([*key, *r["quantities"].values()] for key, r in records.items())]
     csv.writer(sheet := io.StringIO(), lineterminator="\n").writerows(table)  # quotes names with commas; None is ""
-    write_file(file.with_suffix(".png"), plot(records, f"{study}\n{setting}"))
+    write_file(file.with_suffix(".png"), plot(records, dataset_of(args)))
     write_file(file.with_suffix(".csv"), sheet.getvalue().encode())
     write_file(file, "\n".join(text).encode())
     print(f"{study}: {file}")

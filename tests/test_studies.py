@@ -637,10 +637,10 @@ def test_score_on_d4rl_data_is_at_the_high_target_nearest_to_its_highest_return(
     assert studies.quantities(record)["score at the data's highest return"] == 50.0
 
 
-def test_cells_have_the_mean_scipys_interval_and_every_seed():
-    assert studies.cell([2.0, 4.0]) == "**3.00** [2.00, 4.00] (2.00, 4.00)"
-    assert studies.cell([1.0]) == "**1.00** (1.00)" and studies.cell([2.0, 2.0]) == "**2.00** (2.00, 2.00)"
-    assert studies.cell([None, 1.5]) == "**1.50** (-, 1.50)" and studies.cell([None, None]) == "-"
+def test_cells_have_the_mean_and_scipys_interval():
+    assert studies.cell([2.0, 4.0]) == "3.00 [2.00, 4.00]" and studies.cell([2.0, 4.0], digits=1) == "3.0 [2.0, 4.0]"
+    assert studies.cell([1.0]) == "1.00" and studies.cell([2.0, 2.0]) == "2.00" and studies.cell([None, 1.5]) == "1.50"
+    assert studies.cell([314126.0]) == "314,126" and studies.cell([None, None]) == "-"
     values, rng = [1.0, 2.0, 4.0, 8.0, 16.0], np.random.default_rng(1)
     means = rng.choice(values, (100_000, 5)).mean(axis=1)
     low, high = map(float, studies.cell(values).partition("[")[2].partition("]")[0].split(", "))
@@ -662,9 +662,10 @@ def test_finished_runs_are_tabulated_without_running_anything(main, tmp_path, mo
     text = Path("results/studies/hopper-mini/loss.md").read_text()
     assert text.startswith("# loss: the symmetric penalty is unstable") and "12 target returns, 10 rollouts" in text
     heads = "| quantity | Q-Align DT (seeds 1, 2) | symmetric (seeds 1, 2) | squared (seeds 1, 2) |"
-    assert f"\n\n{heads}\n| --- | --- | --- | --- |\n| alignment RMSE |" in text
+    assert f"\n\n{heads}\n| --- | --- | --- | --- |\n| weights | of the last step |" in text
     row = next(line for line in text.splitlines() if line.startswith("| alignment RMSE |"))
-    assert row.split(" | ")[1:3] == ["**1.50** [1.00, 2.00] (1.00, 2.00)", "**3.50** [3.00, 4.00] (3.00, 4.00)"]
+    assert row.split(" | ")[1:3] == ["1.50 [1.00, 2.00]", "3.50 [3.00, 4.00]"]
+    assert "\n| Q-Align DT | 2 | 2.00 | 70.00 |\n| symmetric | 1 | 3.00 | 70.00 |\n" in text  # seed by seed
     assert "Spearman of Q and discounted return" not in text  # no record has it
     assert "best score" not in text and "hopper-mini__squared__1\n" in text and "squared__2\n" not in text
     rows = list(csv.reader(open("results/studies/hopper-mini/loss.csv")))
@@ -691,16 +692,42 @@ def test_runs_of_other_data_or_length_are_not_put_into_one_table(main, tmp_path,
     assert os.listdir("results") == ["records"]
 
 
-def test_plot_has_a_line_per_seed_the_mean_and_the_diagonal(tmp_path, monkeypatch):
+def test_whose_weights_were_evaluated_is_said(main, tmp_path, monkeypatch):
+    shutil.copy(ROOT / "train_qalign_dt.py", tmp_path)
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    first, second = runs_of("spearman", replace(make_args(tmp_path), seeds=(1, 2)))
+    for average, said in ((0.002, "averaged (--average 0.002)"), (0, "averaged (--average 0.002) or of the last step")):
+        write_record(first, make_record(first, average=0.002))
+        write_record(second, make_record(second, average=average))
+        assert main("spearman", "--seeds", 1, 2, "--results-dir", "results")[0] == 0
+        assert f"| weights | {said} |\n" in Path("results/studies/hopper-mini/spearman.md").read_text()
+
+
+def test_plot_has_a_panel_per_variant_with_mean_range_and_diagonal(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     figures, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
     args = replace(make_args(tmp_path), seeds=(1, 2))
-    runs = runs_of("loss", args)[:3]  # two seeds of the first, one of the second
-    records = {(run.name.split("__")[1], i): make_record(run, [float(i)] * 12) for i, run in enumerate(runs)}
-    assert studies.plot(records, "title")[:4] == b"\x89PNG"
-    lines = figures[0].axes[0].get_lines()
-    heights = [(line.get_ydata()[0], line.get_linewidth() > 2, line.get_color()) for line in lines]
-    assert heights[:5] == [(0, False, "C0"), (1, False, "C0"), (0.5, True, "C0"), (2, False, "C1"), (2, True, "C1")]
-    assert list(lines[5].get_xdata()) == list(lines[5].get_ydata()) == [0, 110]
+    first, again, second = runs_of("loss", args)[:3]  # two seeds of the first, one of the second
+    records = {("Q-Align DT", 1): make_record(first, [1.0] * 12), ("Q-Align DT", 2): make_record(again, [2.0] * 12)}
+    records |= {(f"DT, {i}", 1): make_record(second, [4.0] * 12) for i in range(4)}
+    assert studies.plot(records, "noise")[:4] == b"\x89PNG"
+    (figure,) = figures
+    assert figure.get_suptitle() == "Achieved against requested return, noise, 1 to 2 seeds"
+    assert figure.get_size_inches()[0] * 100 == 1000 and len(figure.axes) == 6 and not figure.axes[5].axison
+    panel, other = figure.axes[:2]
+    assert panel.get_title() == "Q-Align DT\nRMSE 1.5 [1.0, 2.0]" and other.get_title() == "DT, 0\nRMSE 4.0"
+    diagonal, mean = panel.get_lines()
+    assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == [0, 110]
+    assert list(mean.get_xdata())[:2] == [0, 10] and list(mean.get_ydata())[:2] == [1.5, 11.5]
+    band = panel.collections[0].get_paths()[0].vertices
+    assert {y for x, y in band if x == 50} == {51, 52}
+    assert mean.get_color() == studies.COLOURS["Q-Align DT"] and other.get_lines()[1].get_color() == "#000000"
+    assert panel.get_xlim() == other.get_xlim() and panel.get_ylim() == other.get_ylim()
+
+
+def test_a_method_has_one_colour_everywhere():
+    assert len(set(studies.COLOURS.values())) == 6  # RDT is a variant of RVDT
+    labels = [variant.label for variant in studies.STUDIES["neighbours"] if variant != studies.DT_LAST]
+    assert [*labels, "RDT"] == list(studies.COLOURS)  # and one order
