@@ -450,7 +450,7 @@ def plot(records: dict[tuple[str, int], dict], dataset: str) -> bytes:
         panel.set_axis_off()
     for i, (panel, (label, runs)) in enumerate(zip(panels, every.items())):
         sweeps = [record["alignment"]["sweep"] for record in runs]
-        x, y = (np.array([[row[k] for row in rows] for rows in sweeps]).T for k in ("target_score", "score_mean"))
+        x, y = (np.array([[row[k] for row in one] for one in sweeps]).T for k in ("target_score", "score_mean"))
         colour = next((value for name, value in COLOURS.items() if label.startswith(name)), COLOURS["Q-Align DT"])
         panel.plot(x[[0, -1], 0], x[[0, -1], 0], "--", color="0.5", linewidth=1.2)
         panel.fill_between(x[:, 0], y.min(axis=1), y.max(axis=1), color=colour, alpha=0.25, linewidth=0)
@@ -459,8 +459,8 @@ def plot(records: dict[tuple[str, int], dict], dataset: str) -> bytes:
         panel.set_title(f"{label}\nRMSE {rmse}", fontsize=12)
         panel.tick_params(labelsize=11, labelbottom=i + columns >= len(every))
     figure.suptitle(f"Achieved against requested return, {dataset}, {seeds}", fontsize=15)
-    figure.supxlabel("requested score (dashed: achieved = requested)", fontsize=13)
-    figure.supylabel("achieved score (line: mean, band: all seeds)", fontsize=13)
+    figure.supxlabel("requested score (dashed: achieved = requested; band: all seeds)", fontsize=13)
+    figure.supylabel("achieved score", fontsize=13)
     figure.savefig(picture, format="png", dpi=100)
     return picture.getvalue()
 
