@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -55,3 +56,64 @@ def test_tables_equal_the_records(table, tmp_path, monkeypatch):
     tabulate(table, seeds, tmp_path)
     for kind in ("md", "csv"):
         assert (tmp_path / f"studies/{table}.{kind}").read_text() == (RESULTS / f"studies/{table}.{kind}").read_text()
+
+
+LABELS = {variant.label: variant.exp_name for every in studies.STUDIES.values() for variant in every}
+ROWS = {  # what a row's name says -> the quantity; else the RMSE
+    "lowest third": "RMSE at the lowest third of the targets",
+    "highest third": "RMSE at the highest third of the targets",
+    "slope": "slope of achieved by target score",
+    "score": "score at the data's highest return",
+    "absolute error": "absolute error of seven targets, in % of their range",
+    "minutes": "minutes of training",
+    "parameters": "parameters of the policy",
+}
+
+
+def cells_of(text: str) -> list[tuple[str, str, str, str]]:
+    """(dataset, row, method, cell) of the tables that have methods as columns; a row without data is of those above."""
+    datasets = "|".join(sorted((path.name for path in RESULTS.glob("records/*")), key=len, reverse=True))
+    found, methods, dataset, head = [], None, None, ""
+    for line in text.splitlines():
+        first, *cells = [cell.strip(" *") for cell in line.split("|")[1:-1]] or [""]
+        if not cells:
+            methods, dataset = None, None
+        elif methods is None:
+            methods, head = cells if set(cells) <= LABELS.keys() else [], first
+        elif methods and set(first) - set("-: "):
+            dataset = named[0] if (named := re.search(datasets, first)) else dataset
+            found += [(dataset, f"{first} {head}", *one) for one in zip(methods, cells)]
+    return found
+
+
+def numbers(text: str) -> list[str]:
+    return re.findall(r"-?\d+(?:\.\d+)?", re.sub(r"(?<=\d),(?=\d{3})", "", text))
+
+
+PAGES = ["results/pages/neighbours.md", "results/pages/robust_alignment.md"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "results/README.md", *PAGES])
+def test_tables_of_texts_equal_the_records(name):
+    """`mean` or `mean [low, high]`, over the seeds that there are, or those that the row names: (seeds 1, 2)."""
+    cells = cells_of((ROOT / name).read_text())
+    assert cells
+    for dataset, row, method, said in cells:
+        files = RESULTS.glob(f"records/{dataset}/*__{LABELS[method]}__*.json")
+        records = {int(file.stem.split("__")[-1]): json.loads(file.read_text()) for file in files}
+        named = re.search(r"\(seeds? ([\d, ]+)\)", row)
+        records = {seed: one for seed, one in records.items() if not named or str(seed) in numbers(named[1])}
+        quantity = next((quantity for part, quantity in ROWS.items() if part in row), "alignment RMSE")
+        values = [studies.quantities(records[seed])[quantity] for seed in sorted(records)]
+        true = numbers(studies.cell(values, digits=6))
+        assert len(numbers(said)) in (len(true), min(1, len(true))), (dataset, row, method)
+        for one, other in zip(numbers(said), true):  # may be rounded twice: 99.35 in the study's table is 99.3508
+            unit = 10.0 ** -len(one.partition(".")[2])
+            assert abs(float(one) - float(other)) <= unit / 2 + 0.005, (dataset, row, method, said, true)
+
+
+def test_links_lead_somewhere_and_the_page_is_short():
+    for file in (*RESULTS.glob("*.md"), *RESULTS.glob("pages/*.md"), *RESULTS.glob("studies/*/*.md")):
+        for link in re.findall(r"\]\((?!http)([^)#]+)", file.read_text()):
+            assert (file.parent / link).exists(), (file.name, link)
+    assert len((RESULTS / "README.md").read_text().split()) <= 1800
