@@ -41,6 +41,7 @@ def test_the_command_tabulates_the_records_without_a_run(env, tmp_path, monkeypa
     argv = ["run_studies.py", "neighbours", "--env", env, "--results-dir", str(tmp_path), "--runs-dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setattr(studies, "check", None)
+    monkeypatch.setattr(studies, "plot", lambda *_: b"")
     studies.main()
     assert capsys.readouterr().out.startswith("21 runs, 21 of them finished before")
     for kind in ("md", "csv"):
