@@ -4,26 +4,31 @@
 
 Conditions a trained policy on every return from the dataset's lowest to its highest in steps of 100, rolls each target
 out --rollouts times, and reports the alignment error, Eq. 8: the root mean square, over the targets, of (mean achieved
-score - target score). Writes alignment.json, .csv and .png beside the checkpoint.
+score - target score). Reads a policy.pt; writes alignment.json, .csv and .png beside it.
 --trajectories adds the forward velocity against the target and over time (Figures 3 and 4), --percentiles the error
 that RADT's authors report, --video a GIF. Policies of baselines/ are evaluated in the same way.
 """
 
-import ctypes
-import difflib
+import csv
 import importlib.util
 import io
 import json
 import math
 import os
 import re
+import signal
 import sys
 import time
+import types
+import typing
 import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # while modules load
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"error: interrupted\n"), os._exit(130)))
 
 import gymnasium
 import numpy as np
@@ -33,45 +38,50 @@ import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
+# the help text of a flag that depends on the data names its defaults itself
+Int = Annotated[int | None, tyro.conf.arg(help_behavior_hint="")]
+
 
 @dataclass(frozen=True)
 class Args:
-    # name of the task, as in stage 2 (default: the checkpoint's, or hopper-mini without --checkpoint)
-    env: str | None = None
-    # a policy.pt or policy_best.pt (default: policy.pt of the run that --env, --seed and --exp-name name)
-    checkpoint: str = ""
-    # further checkpoints of the same body, swept over the same targets into the same plot
+    env: Annotated[str | None, tyro.conf.arg(help_behavior_hint="")] = None
+    """name of the task, as in stage 2 (default: the checkpoint's, or hopper-mini without --checkpoint)"""
+    checkpoint: Annotated[str, tyro.conf.arg(help_behavior_hint="")] = ""
+    """a policy.pt (default: the one of the run that --env, --seed and --exp-name name)"""
     compare: tuple[str, ...] = ()
-    seed: int = 1  # seed of the run to evaluate, and of the episodes
-    runs_dir: str = "runs"  # folder of all runs
-    # name of the experiment to evaluate; the run folder is <runs-dir>/<env>__<exp-name>__<seed>
+    """further checkpoints of the same environment, swept over the same targets into the same plot"""
+    seed: int = 1
+    """seed of the run to evaluate, and of the episodes"""
+    runs_dir: str = "runs"
+    """folder of all runs"""
     exp_name: str = "train_qalign_dt"
-    # where the policy runs; auto takes CUDA if there is one. The simulator uses all CPU cores
+    """name of the experiment to evaluate; the run folder is <runs-dir>/<env>__<exp-name>__<seed>"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    # arithmetic of the transformer's blocks; auto: bf16 where the hardware has it
+    """where the policy runs; auto takes CUDA if there is one. The simulator uses all CPU cores"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    # only the score at high target returns (the release's; for own data 1.0 and 1.2 times its best return): the paper's
-    # protocol, into high_targets.json and .csv. AntMaze, whose returns are 0 and 1, is always evaluated so
+    """arithmetic of the transformer's blocks; auto: bf16 where the hardware has it"""
     high_targets: bool = False
-    # how the policy is asked, with --high-targets: by the return-to-go, or by a mode of the baseline's own, whose
-    # answer does not depend on the target (plan: VDT's Algorithm 3; best, softmax: QT's choice by Q)
+    """only the score at high target returns (the release's; own data: 1.0 and 1.2 times its best return), the paper's
+    protocol, into high_targets.json and .csv. AntMaze, whose returns are 0 and 1, is always evaluated so"""
     inference: Literal["request", "plan", "best", "softmax"] = "request"
-    # how many of the last steps the policy sees when it acts (default: stage 2's --eval-context-len). The names of the
-    # files then say so: alignment_context_<n>
-    context: int | None = None
-    # episodes per target return (default: 30; --high-targets: 50; AntMaze, and --percentiles on CUDA: 100)
-    rollouts: int | None = None
-    # distance between two target returns, raw; 12 evenly spaced targets where this gives fewer
+    """how the policy is asked, with --high-targets: by the return-to-go, or by a mode of the baseline's own, whose
+    answer does not depend on the target (plan: VDT's Algorithm 3; best, softmax: QT's choice by Q)"""
+    context: Int = None
+    """how many of the last steps the policy sees when it acts (default: stage 2's --eval-context-len). The files' names
+    then say so: alignment_context_<n>"""
+    rollouts: Int = None
+    """episodes per target return (default: 30; --high-targets: 50; mazes, and --percentiles on CUDA: 100)"""
     target_step: float = 100.0
-    # also the mean absolute error of seven targets, evenly spaced from the 5th to the 95th percentile of the data's
-    # returns (RADT's protocol), the number of parameters, and the time per action
+    """distance between two target returns, raw; 12 evenly spaced targets where this gives fewer"""
     percentiles: bool = False
-    # also write the forward velocity against the target, and over time for five of the targets
+    """also the mean absolute error of seven targets, evenly spaced from the 5th to the 95th percentile of the data's
+    returns (RADT's protocol), the number of parameters, and the time per action"""
     trajectories: bool = False
-    # only write the policy for torch.export.load to this file (.pt2): from raw numbers to an action, any batch size
+    """also write the forward velocity against the target, and over time for five of the targets"""
     export: str = ""
-    # also render up to 10 s of an episode for each of these target returns (raw), side by side (needs OpenGL)
+    """only write the policy for torch.export.load to this file (.pt2): from raw numbers to an action, any batch size"""
     video: tuple[float, ...] = ()
+    """also render up to 10 s of an episode for each of these target returns (raw), side by side (needs OpenGL)"""
 
     def __post_init__(self):
         check_args(self, {"rollouts": 1, "target_step": 1, "video": -1e9, "context": 1})
@@ -82,6 +92,63 @@ class Args:
             text = "its answer does not depend on the target: with --high-targets only, no --video, --export, --context"
             raise ValueError(f"--inference {self.inference}: {text}")
 
+
+# ======== shared: data ========
+
+
+@dataclass(frozen=True)
+class Task:
+    """What dataset.pt, and with it every policy.pt, says of the environment. Returns are raw unless noted."""
+
+    name: str  # --env
+    env_id: str  # Gymnasium's, or a maze of data/qalign_mazes.py
+    env_kwargs: dict
+    body: str  # hopper, halfcheetah, walker2d, ant, antmaze, maze2d; "" for other environments
+    quality: str  # medium, mini, umaze, ...
+    tag: str  # v2: D4RL's names; mini; minari; anything else: your own data
+    obs_dim: int
+    act_dim: int
+    horizon: int  # steps after which a rollout is cut
+    ref_min: float  # reference returns, of a random and of an expert policy; 0 and 100: the score is the return
+    ref_max: float
+    rtg_scale: float  # a normalised return-to-go is the raw one divided by it
+    rtg_range: tuple[float, float]  # normalised: the release's for D4RL data, else the data's own
+    targets: tuple[float, ...]  # high target returns to report a score at
+    sweep: tuple[float, ...]  # target returns of stage 3's sweep; (): the data's own returns
+    reward_shift: float  # AntMaze: the critic sees r - 1, as in IQL
+    label: str  # how plots, logs and JSON call the data
+    is_d4rl: bool
+    digest: str  # of the arrays
+    sources: list  # the files: name, size, time, sha256
+
+    def __post_init__(self):
+        numbers = (self.ref_min, self.ref_max, self.rtg_scale, self.reward_shift, *self.rtg_range, *self.targets)
+        sizes, texts = (self.obs_dim, self.act_dim, self.horizon), (self.name, self.env_id, self.label, self.digest)
+        if not all(map(math.isfinite, (*numbers, *self.sweep))) or not all(0 < n <= 10**6 for n in sizes):
+            raise ValueError("a number of the task is out of bounds")
+        if self.ref_min >= self.ref_max or self.rtg_scale <= 0 or not self.targets:
+            raise ValueError("the task's reference returns, scale or targets are impossible")
+        if not all(text.isprintable() and len(text) <= 400 for text in texts):
+            raise ValueError("a text of the task cannot be printed")
+
+    @property
+    def folder(self) -> str:
+        """What run folders start with."""
+        return self.name.replace("/", "--")
+
+    def score(self, returns):
+        """D4RL score: 0 for a random policy's return, 100 for an expert's."""
+        return 100 * (returns - self.ref_min) / (self.ref_max - self.ref_min)
+
+    @property
+    def score_name(self) -> str:
+        return "return" if (self.ref_min, self.ref_max) == (0, 100) else "score (0: random, 100: expert)"
+
+    def summary(self) -> dict:
+        return {"label": self.label, "is_d4rl": self.is_d4rl, "digest": self.digest}
+
+
+# ======== end of shared: data ========
 
 # ======== shared: policy ========
 
@@ -94,27 +161,33 @@ class Block(nn.Module):
         self.heads, self.dropout = heads, nn.Dropout(dropout)
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        # App. D.1: a convolution over the token axis, window 6, one each for q, k and v
         self.conv = nn.Conv2d(3 * width, 3 * width, (1, 6), groups=3) if conv else None
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
         )
 
-    def attend(self, x, keep, bias, last: int):  # (B, T, D), (B, T, 1), (B, 1, T, T) -> (B, last, D)
+    def causal_conv(self, qkv):  # (B, T, 3 D) -> (B, T, 3 D)
+        """App. D.1: every q, k and v token becomes a mixture of itself and its five predecessors.
+
+        (In two dimensions and padded first, the tensor is channels-last in memory: the fastest layout.)
+        """
+        return self.conv(F.pad(qkv, (0, 0, 5, 0)).transpose(1, 2).unsqueeze(2)).squeeze(2).transpose(1, 2)
+
+    def attend(self, x, keep, bias):  # (B, T, D), (B, T, 1), (B, 1, T, T) -> (B, T, D)
         # Padding must not leak: W_q, W_k, W_v have biases, so padded tokens are zeroed again before the convolution,
         # which then sees to the left of a short window the same zeros as it would without any padding.
         qkv = self.qkv(x) * keep
-        if self.conv:  # in two dimensions and padded first, it is channels-last in memory: the fastest layout
-            qkv = self.conv(F.pad(qkv, (0, 0, 5, 0)).transpose(1, 2).unsqueeze(2)).squeeze(2).transpose(1, 2)
+        if self.conv:
+            qkv = self.causal_conv(qkv)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in qkv.chunk(3, dim=-1))  # (B, H, T, D / H)
         # written out: with dropout and 60 tokens this is faster than scaled_dot_product_attention
-        logits = (q[:, :, -last:] * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        weights = torch.softmax(logits.float().add_(bias[..., -last:, :]), dim=-1)
+        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        weights = torch.softmax(logits.float().add_(bias), dim=-1)
         y = self.dropout(weights.to(logits.dtype)) @ v
         return self.dropout(self.out(y.transpose(1, 2).flatten(-2)))
 
-    def forward(self, x, keep, bias, last: int):
-        x = x[:, -last:] + self.attend(self.norm1(x), keep, bias, last)
+    def forward(self, x, keep, bias):
+        x = x + self.attend(self.norm1(x), keep, bias)
         return x + self.mlp(self.norm2(x))
 
 
@@ -126,11 +199,11 @@ class Policy(nn.Module):
     s_hat (B, K, obs_dim), both float32. The action at step t depends on no token after s_t, and on no padding.
     """
 
-    eval_context_len = 0  # act depends on the last so many steps; 0: on all
-
-    def __init__(self, obs_dim, act_dim, embed_dim, n_layer, n_head, max_timestep, conv=True, dropout=0.1, bf16=False):
+    def __init__(
+        self, obs_dim, act_dim, embed_dim, n_layer, n_head, max_timestep, conv=True, dropout=0.1, recent=0, bf16=False
+    ):
         super().__init__()
-        self.bf16, self.dropout = bf16, nn.Dropout(dropout)
+        self.recent, self.bf16, self.dropout = recent, bf16, nn.Dropout(dropout)
         self.embed_rtg, self.embed_obs, self.embed_act = (nn.Linear(n, embed_dim) for n in (1, obs_dim, act_dim))
         self.embed_time = nn.Embedding(max_timestep, embed_dim)
         self.norm_in, self.norm_out = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
@@ -143,16 +216,10 @@ class Policy(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, rtg, obs, act, timestep, valid):
-        x = self.hidden(rtg, obs, act, timestep, valid, last=3 * rtg.shape[1]).unflatten(1, (-1, 3))  # (B, K, 3, D)
+        x = self.hidden(rtg, obs, act, timestep, valid)
         return torch.tanh(self.action_head(x[:, :, 1])), self.state_head(x[:, :, 0])
 
-    def act(self, rtg, obs, act, timestep, valid):
-        """Only a_hat of the windows' last step (B, act_dim), for rollouts: the last block computes nothing else."""
-        recent = (x[:, -self.eval_context_len :] for x in (rtg, obs, act, timestep, valid))
-        s_t, _ = self.hidden(*recent, last=2).unbind(dim=1)
-        return torch.tanh(self.action_head(s_t))
-
-    def hidden(self, rtg, obs, act, timestep, valid, last: int):  # -> (B, last, D) float32, of the last tokens
+    def hidden(self, rtg, obs, act, timestep, valid):  # -> (B, K, 3, D) float32: of each step's rtg, state, action
         T, device = 3 * rtg.shape[1], rtg.device
         keep = valid.repeat_interleave(3, dim=1)  # (B, T)
         causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
@@ -164,17 +231,20 @@ class Policy(nn.Module):
         tokens = (self.embed_rtg(rtg[..., None]) + time, self.embed_obs(obs) + time, self.embed_act(act) + time)
         x = self.dropout(self.norm_in(torch.stack(tokens, dim=2).flatten(1, 2)))  # rtg_0, s_0, a_0, rtg_1, ...
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            for i, block in enumerate(self.blocks, 1):
-                x = block(x, keep[..., None], bias, last if i == len(self.blocks) else T)
-        return self.norm_out(x.float())
+            for block in self.blocks:
+                x = block(x, keep[..., None], bias)
+        return self.norm_out(x.float()).unflatten(1, (-1, 3))
+
+    def act(self, rtg, obs, act, timestep, valid):
+        """a_hat (B, act_dim) at the windows' last step, for rollouts: from the last `recent` steps (0: all of them)."""
+        windows = (x[:, -self.recent :].contiguous() for x in (rtg, obs, act, timestep, valid))
+        return torch.tanh(self.action_head(self.hidden(*windows)[:, -1, 1]))
 
 
-def make_policy(task: "Task", config: dict, bf16: bool) -> Policy:
+def make_policy(task: Task, config: dict, bf16: bool) -> Policy:
     """The policy that a checkpoint's configuration describes (randomly initialised from torch's global generator)."""
     sizes = (config[name] for name in ("embed_dim", "n_layer", "n_head", "max_timestep", "conv", "dropout"))
-    policy = Policy(task.obs_dim, task.act_dim, *sizes, bf16=bf16)
-    policy.eval_context_len = config.get("eval_context_len") or 0  # a baseline has none
-    return policy
+    return Policy(task.obs_dim, task.act_dim, *sizes, recent=config.get("eval_context_len", 0), bf16=bf16)
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:
@@ -192,7 +262,7 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 # ======== shared: critic ========
 
 
-class MLP(nn.Module):
+class Ensemble(nn.Module):
     """n independent networks, computed side by side: three hidden layers (App. D.1), Mish (release), linear output.
 
     The critic is two of them: call with obs (..., obs_dim) standardised and act (..., act_dim); returns (n, ...), the
@@ -217,7 +287,6 @@ class MLP(nn.Module):
 
 # ======== end of shared: critic ========
 
-
 # ======== shared: rollout ========
 
 
@@ -227,7 +296,7 @@ class Rollouts(NamedTuple):
     returns: np.ndarray  # (n,) raw
     lengths: np.ndarray  # (n,)
     rewards: np.ndarray  # (n, T)
-    velocities: np.ndarray  # (n, T) forward, m/s
+    velocities: np.ndarray  # (n, T) forward, m/s; NaN where no MuJoCo model says
     first_obs: torch.Tensor  # (n, obs_dim) standardised
     first_act: torch.Tensor  # (n, act_dim)
     qpos: np.ndarray | None  # (n, T, nq) MuJoCo's positions after each step, if asked for
@@ -235,7 +304,7 @@ class Rollouts(NamedTuple):
     @property
     def velocity(self) -> np.ndarray:
         """(n,) mean forward velocity, m/s."""
-        return np.nanmean(self.velocities, axis=1)
+        return np.nansum(self.velocities, axis=1) / np.where(np.isnan(self.velocities[:, 0]), np.nan, self.lengths)
 
 
 @torch.no_grad()
@@ -247,8 +316,8 @@ def rollout(trained, targets, seeds, horizon: int, what: str, reward_function=No
     act_dim)). A rollout that has ended leaves the batch.
     """
     policy, task, content = trained.policy, trained.task, trained.content
-    n, K, device = len(targets), content["config"]["context_len"], next(policy.parameters()).device
-    simulator, targets = Simulator(task.env_id, seeds), np.asarray(targets, dtype=np.float64)
+    n, K, device = len(targets), trained.context, next(policy.parameters()).device
+    simulator, targets = simulate(task, seeds), np.asarray(targets, dtype=np.float64)
     obs_mean, obs_std = content["obs_mean"].to(device), content["obs_std"].to(device)
     # histories start with K - 1 steps of padding, so that the context of step t is always [t, t + K)
     sizes = ((), obs_mean.shape, (task.act_dim,))
@@ -256,7 +325,8 @@ def rollout(trained, targets, seeds, horizon: int, what: str, reward_function=No
     timestep = torch.arange(1 - K, horizon, device=device)
     alive, returns, lengths = np.arange(n), np.zeros(n), np.zeros(n, dtype=np.int64)
     rewards, velocities = np.full((2, n, horizon), np.nan)
-    qpos = np.full((n, horizon, simulator.model.nq), np.nan) if keep_qpos else None
+    qpos = np.full((n, horizon, simulator.qpos.shape[1]), np.nan) if keep_qpos else None
+    last_time = content["config"]["max_timestep"] - 1
     observation = simulator.observe(alive)
     for t in (bar := tqdm(range(horizon), unit="step", desc=what, dynamic_ncols=True, disable=None)):
         rows, now, window = torch.as_tensor(alive, device=device), t + K - 1, slice(t, t + K)
@@ -264,10 +334,11 @@ def rollout(trained, targets, seeds, horizon: int, what: str, reward_function=No
         rtg_now = (targets[alive] - returns[alive]) / task.rtg_scale
         rtg[rows, now] = torch.as_tensor(rtg_now, dtype=torch.float32, device=device)
         times = timestep[window].expand(len(alive), K)
-        action = policy.act(rtg[rows, window], obs[rows, window], act[rows, window], times.clamp(min=0), times >= 0)
+        context = (rtg[rows, window], obs[rows, window], act[rows, window], times.clamp(0, last_time), times >= 0)
+        action = policy.act(*context)
         act[rows, now] = action
         action = action.cpu().numpy().astype(np.float64)
-        observation, reward, terminated, velocity = simulator.step(alive, action)
+        observation, reward, ended, velocity = simulator.step(alive, action)
         if reward_function is not None:
             reward = reward_function(velocity, action)
         returns[alive] += reward
@@ -275,7 +346,7 @@ def rollout(trained, targets, seeds, horizon: int, what: str, reward_function=No
         rewards[alive, t], velocities[alive, t] = reward, velocity
         if keep_qpos:
             qpos[alive, t] = simulator.qpos[alive]
-        alive, observation = alive[~terminated], observation[~terminated]
+        alive, observation = alive[~ended], observation[~ended]
         bar.set_postfix_str(f"{len(alive)} of {n} rollouts alive")
         if len(alive) == 0:
             break
@@ -285,21 +356,29 @@ def rollout(trained, targets, seeds, horizon: int, what: str, reward_function=No
 # ======== end of shared: rollout ========
 
 
-def load_critic(trained: "Trained") -> MLP | None:
+def load_critic(trained: "Trained") -> Ensemble | None:
     """The critic of a stage 2 checkpoint, on its policy's device; None where there was no alignment loss."""
     task, config, weights = trained.task, trained.content["config"], trained.content.get("critic")
     if weights is None:
         return None
     try:
-        critic = MLP(2, task.obs_dim + task.act_dim, config["critic_width"])
+        critic = Ensemble(2, task.obs_dim + task.act_dim, config["critic_width"])
+        check_same(weights, critic.state_dict(), "critic")
         critic.load_state_dict(weights)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        if not (fits(trained.content["gamma"], float) and 0 < trained.content["gamma"] < 1):
+            raise ValueError("gamma")
+    except Exception as error:  # an edited file can break in any way
         fail(f"{trained.path}: its critic is not whole ({one_line(error)}); train it again")
     return critic.to(next(trained.policy.parameters()).device)
 
 
-def target_returns(returns: np.ndarray, step: float) -> np.ndarray:
-    """The dataset's lowest return, + step, ... up to its highest (raw); 12 evenly spaced ones if that gives fewer."""
+def target_returns(task: Task, returns: np.ndarray, step: float) -> np.ndarray:
+    """The dataset's lowest return, + step, ... up to its highest (raw); 12 evenly spaced ones if that gives fewer.
+
+    A task may name its own targets (mazes, where no episode of the data has a high return).
+    """
+    if task.sweep:
+        return np.array(task.sweep)
     targets = np.arange(returns.min(), returns.max() + 1e-9, step)
     return targets if len(targets) >= 12 else np.linspace(returns.min(), returns.max(), 12)
 
@@ -323,7 +402,7 @@ def absolute_error(achieved, targets, span: float) -> tuple[float, float | None]
 @torch.no_grad()
 def seconds_per_action(trained: "Trained", repeats: int = 20) -> float:
     """Median time of one action for one window, on the policy's device (s)."""
-    K, task, device = trained.content["config"]["context_len"], trained.task, next(trained.policy.parameters()).device
+    K, task, device = trained.context, trained.task, next(trained.policy.parameters()).device
     rtg, obs, act = (torch.zeros(1, K, *size, device=device) for size in ((), (task.obs_dim,), (task.act_dim,)))
     timestep, times = torch.arange(K, device=device)[None], []
     for _ in range(repeats):
@@ -333,7 +412,7 @@ def seconds_per_action(trained: "Trained", repeats: int = 20) -> float:
     return float(np.median(times))
 
 
-def roll_out(trained: "Trained", targets, rollouts: int, seed: int) -> tuple[list[dict], "Rollouts"]:
+def mean_per_target(trained: "Trained", targets, rollouts: int, seed: int) -> tuple[list[dict], Rollouts]:
     """Every target `rollouts` times, all as one batch: a row of means per target, and the rollouts themselves."""
     task, every_target = trained.task, np.repeat(targets, rollouts)
     # every rollout starts differently, every checkpoint in the same states
@@ -345,19 +424,19 @@ def roll_out(trained: "Trained", targets, rollouts: int, seed: int) -> tuple[lis
         row = {"target_return": float(target), "target_score": float(task.score(target))}
         for name, x in (("return", result.returns[one]), ("score", task.score(result.returns[one]))):
             row |= {f"{name}_mean": float(x.mean()), f"{name}_std": float(x.std())}
-        row |= {"length_mean": float(result.lengths[one].mean()), "velocity_mean": float(result.velocity[one].mean())}
+        velocity = float(result.velocity[one].mean())
+        row |= {"length_mean": float(result.lengths[one].mean())}
+        row |= {"velocity_mean": velocity if math.isfinite(velocity) else None}
         rows.append(row)
     return rows, result
 
 
-def sweep(
-    trained: "Trained", targets: np.ndarray, high_targets, rollouts: int, seed: int, percentiles=()
-) -> tuple[dict, np.ndarray]:
+def sweep(trained: "Trained", targets: np.ndarray, rollouts: int, seed: int, percentiles=()) -> tuple[dict, np.ndarray]:
     """The record that alignment.json holds, and the forward velocity of every step (targets, rollouts, horizon) in m/s,
     NaN after a rollout's end.
     """
-    task, critic = trained.task, load_critic(trained)
-    every_row, result = roll_out(trained, np.concatenate([targets, high_targets, percentiles]), rollouts, seed)
+    task, critic, high = trained.task, load_critic(trained), trained.task.targets
+    every_row, result = mean_per_target(trained, np.concatenate([targets, high, percentiles]), rollouts, seed)
     rows, others = every_row[: len(targets)], every_row[len(targets) :]
     scores, target_scores = (np.array([row[k] for row in rows]) for k in ("score_mean", "target_score"))
     record = trained.identity() | {
@@ -368,13 +447,13 @@ def sweep(
     if critic:  # Table E.19, over the sweep's rollouts (stage 1's report.json: over the data); Q is a discounted return
         with torch.no_grad():
             q = critic(result.first_obs, result.first_act).amin(dim=0).cpu().numpy()[: len(targets) * rollouts]
-        discounts = trained.content["config"]["gamma"] ** np.arange(task.horizon)
+        discounts = trained.content["gamma"] ** np.arange(task.horizon)
         discounted = np.nansum(result.rewards * discounts, axis=1)
         record["spearman_q_vs_return"] = rank_correlation(q, result.returns[: len(q)])
         record["spearman_q_vs_discounted_return"] = rank_correlation(q, discounted[: len(q)])
-    record |= {"high_targets": others[: len(high_targets)], "sweep": rows}
+    record |= {"high_targets": others[: len(high)], "sweep": rows}
     if len(percentiles):
-        record["percentiles"] = others[len(high_targets) :]
+        record["percentiles"] = others[len(high) :]
         achieved = [row["return_mean"] for row in record["percentiles"]]
         errors = absolute_error(achieved, percentiles, percentiles[-1] - percentiles[0])
         record |= dict(zip(("absolute_error", "absolute_error_of_range"), errors))
@@ -388,7 +467,7 @@ def behaviour(record: dict, velocities: np.ndarray, handful: int = 5) -> list[di
     """Figure 4: for a handful of targets, velocity at every step, mean and std over the rollouts still alive."""
     curves = []
     for j in np.unique(np.linspace(0, len(record["sweep"]) - 1, handful).round().astype(int)):
-        alive = (~np.isnan(velocities[j])).sum(axis=0)  # (HORIZON,)
+        alive = (~np.isnan(velocities[j])).sum(axis=0)  # (horizon,)
         steps, row = velocities[j][:, alive > 0], record["sweep"][j]
         mean, std = np.nanmean(steps, axis=0).round(5).tolist(), np.nanstd(steps, axis=0).round(5).tolist()
         curves.append({"target_return": row["target_return"], "alive": alive.tolist(), "velocity": mean, "std": std})
@@ -409,11 +488,11 @@ def rank_correlation(x, y) -> float | None:
 # ======== end of shared: correlation ========
 
 
-def plot(records: list[dict], task: "Task", returns: np.ndarray, title: str):
+def plot(records: list[dict], task: Task, returns: np.ndarray, title: str):
     """Achieved against target score, with the diagonal and a band of one std; below, the dataset's returns."""
     figure, (top, bottom) = new_figure(2, 1, sharex=True, figsize=(7, 6.5), height_ratios=[4, 1])
-    span = [task.score(returns.min()), task.score(returns.max())]
-    top.plot(span, span, "--", color="0.5", linewidth=1, label="achieved = target")
+    asked = [row["target_score"] for row in records[0]["sweep"]]
+    top.plot([asked[0], asked[-1]], [asked[0], asked[-1]], "--", color="0.5", linewidth=1, label="achieved = target")
     methods = list(dict.fromkeys(record["method"] for record in records))  # seeds of one method share a colour
     for record in records:
         x, y, std = (np.array([row[k] for row in record["sweep"]]) for k in ("target_score", "score_mean", "score_std"))
@@ -450,12 +529,12 @@ def plot_behaviour(records: list[dict], curves: list[dict], seconds_per_step: fl
 
 def with_context(trained: "Trained", context: int | None) -> "Trained":
     """The checkpoint, its policy acting on the last `context` steps (None: as stage 2 said); exits 2 if K < context."""
-    K = trained.content["config"]["context_len"]
-    if context and context > K:
-        fail(f"--context {context}: {trained.path} was trained on windows of K = {K} steps")
-    if context:
-        trained.content["config"]["context_len"], trained.policy.eval_context_len = context, 0
-    return trained
+    if context is None:
+        return trained
+    if context > trained.context:
+        fail(f"--context {context}: {trained.path} was trained on windows of K = {trained.context} steps")
+    trained.policy.recent = 0  # all of the shorter window
+    return trained._replace(context=context)
 
 
 def with_inference(trained: "Trained", name: str) -> "Trained":
@@ -466,7 +545,7 @@ def with_inference(trained: "Trained", name: str) -> "Trained":
         fail(f"{trained.path}: {stage}.py has no --inference {name}")
     try:
         return trained._replace(policy=modes[name](trained.task, content, trained.policy))
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # an edited file can break in any way
         fail(f"{trained.path}: --inference {name}: {one_line(error)}")
 
 
@@ -485,122 +564,144 @@ class Raw(nn.Module):
 
 def export(trained: "Trained", path: Path) -> None:
     """Write torch.export's program of a policy that is on the CPU and in float32."""
-    K, task, file = trained.content["config"]["context_len"], trained.task, io.BytesIO()
+    if path.exists() and trained.path.exists() and path.samefile(trained.path):
+        fail(f"--export {path}: that is the checkpoint itself; name another file")
+    K, task, file = trained.context, trained.task, io.BytesIO()
     example = (torch.zeros(2, K), torch.zeros(2, K, task.obs_dim), torch.zeros(2, K, task.act_dim))
     example += (torch.zeros(2, K, dtype=torch.int64), torch.ones(2, K, dtype=torch.bool))
     batch = [{0: torch.export.Dim.DYNAMIC}] * len(example)
     torch.export.save(torch.export.export(Raw(trained).eval(), example, dynamic_shapes=batch), file)
     write_file(path, file.getvalue())
+    print(f"{path}: call with rtg, obs, act, timestep and valid, as in class Raw")
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
-    device = pick_device(args.device)
-    name = args.env or ("" if args.checkpoint else "hopper-mini")
-    run_folder = f"{parse_env(name).folder if name else ''}__{args.exp_name}__{args.seed}"
-    path = Path(args.checkpoint or Path(args.runs_dir) / run_folder / "policy.pt")
-    trained = load_policy(
-        path, "fp32" if args.export else args.precision, torch.device("cpu") if args.export else device
-    )
-    trained, task = with_context(trained, args.context), trained.task
+    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.DisallowNone,))
+    device, path = pick_device(args.device), policy_path(args, "hopper-mini")
     if args.export:
-        export(trained, Path(args.export))
-        return print(f"{args.export}: call with rtg, obs, act, timestep and valid, as in class Raw")
-    if name and name != task.name:
-        fail(f"{path} was trained on --env {task.name}, not {name}")
-    others = (load_policy(Path(p), args.precision, device) for p in args.compare)
-    policies = [trained, *(with_context(one, args.context) for one in others)]
+        trained = load_policy(path, "fp32", torch.device("cpu"))
+        export(with_context(trained, args.context), Path(args.export))
+        return
+    policies = [load_policy(Path(p), args.precision, device) for p in (path, *args.compare)]
+    policies = [with_context(one, args.context) for one in policies]
+    trained, task = policies[0], policies[0].task
+    if args.env and args.env != task.name:
+        fail(f"{path} was trained on --env {task.name}, not {args.env}")
     for other in policies:
-        if (other.task.env_id, other.task.ref_max) != (task.env_id, task.ref_max):
-            fail(
-                f"{other.path} is a policy of {other.task.name}, not {task.name}; --compare needs the same environment"
-            )
-    folder, suffix = path.parent, "_best" if path.name == "policy_best.pt" else ""
-    if not os.access(folder, os.W_OK):
-        fail(f"{folder}: cannot write there; copy the checkpoint to a folder of your own")
-    renderer = make_renderer(task.env_id) if args.video else None
-
-    data, returns = trained.content["data"], trained.content["episode_returns"].numpy()
+        if any(getattr(other.task, x) != getattr(task, x) for x in ("env_id", "env_kwargs", "ref_max")):
+            fail(f"{other.path} is a policy of {other.task.name}, not {task.name}; --compare needs one environment")
+    if not os.access(path.parent, os.W_OK):
+        fail(f"{path.parent}: cannot write there; copy the checkpoint to a folder of your own")
     high_only = args.high_targets or task.body == "antmaze"
     if high_only and (args.trajectories or args.percentiles):
         fail("--trajectories, --percentiles: an AntMaze has no RTG sweep")
-    many = task.body == "antmaze" or args.percentiles and device.type == "cuda"
+    if (args.video or args.trajectories) and not has_model(task):
+        fail(f"--video, --trajectories: {task.env_id} has no MuJoCo model")
+    renderer = make_renderer(task) if args.video else None
+
+    many = task.body in ("antmaze", "maze2d") or args.percentiles and device.type == "cuda"
     rollouts = args.rollouts or (100 if many else 50 if high_only else 30)
-    targets, high_targets = target_returns(returns, args.target_step), task.targets(data["is_d4rl"], returns.max())
-    if high_only:
-        asked = [high_targets] * len(policies)
-        if args.inference != "request":
-            policies = [with_inference(one, args.inference) for one in policies]
-            asked = [one.content["episode_returns"].max().reshape(1).tolist() for one in policies]
-        rows = [roll_out(one, x, rollouts, args.seed)[0] for one, x in zip(policies, asked)]
-        records = [one.identity() | {"high_targets": rows[i]} for i, one in enumerate(policies)]
-        for one, record in zip(policies, records):
-            record |= {k: one.content[k] for k in ("model_r2",) if one.content.get(k)}
-    else:
-        percentiles = percentile_targets(returns) if args.percentiles else ()
-        sweeps = [sweep(one, targets, high_targets, rollouts, args.seed, percentiles) for one in policies]
-        records = [record for record, _ in sweeps]
     setting = {"rollouts": rollouts, "episode_seed": args.seed, "device": device.type}
     setting |= {"inference": args.inference, "context": args.context}
+    mode = "" if args.inference == "request" else f"_{args.inference}"
+    suffix = f"_context_{args.context}" if args.context else ""
+    stem = path.parent / f"{'high_targets' if high_only else 'alignment'}{mode}{suffix}"
+    title = f"{plain(task.label)}\n{rollouts} rollouts per target" + f", context {args.context}" * bool(args.context)
+    if high_only:
+        records = [high_targets(one, args, rollouts) for one in policies]
+        write_results(stem, compared(setting, records), rows_of(records))
+    else:
+        returns = trained.content["episode_returns"].numpy()
+        targets = target_returns(task, returns, args.target_step)
+        percentiles = percentile_targets(returns) if args.percentiles else ()
+        sweeps = [sweep(one, targets, rollouts, args.seed, percentiles) for one in policies]
+        records = [record for record, _ in sweeps]
+        write_results(stem, compared(setting, records), rows_of(records), lambda: plot(records, task, returns, title))
+    for record in records:
+        print(summary(record))
+    print(f"{task.label}: {stem}.json, .csv{'' if high_only else ', .png'}")
+    if args.trajectories:
+        write_behaviour(path.parent / f"behaviour{suffix}", setting, records, sweeps[0][1], task, title)
+    if args.video:
+        captions = [f"target {target:g}" for target in args.video]
+        gif = video(trained, args.video, captions, [args.seed] * len(args.video), task.horizon, renderer)
+        write_file(path.parent / f"video{suffix}.gif", gif)
+        print(f"one episode per target: {path.parent}/video{suffix}.gif")
+
+
+def high_targets(trained: "Trained", args: Args, rollouts: int) -> dict:
+    """The record that high_targets.json holds: the scores at the task's high targets, or by a baseline's own mode."""
+    targets = trained.task.targets
+    if args.inference != "request":
+        trained, targets = with_inference(trained, args.inference), [float(trained.content["episode_returns"].max())]
+    rows, _ = mean_per_target(trained, targets, rollouts, args.seed)
+    record = trained.identity() | {"high_targets": rows}
+    if fits(trained.content.get("model_r2"), list[float]):  # of VDT's planner
+        record["model_r2"] = trained.content["model_r2"]
+    return record
+
+
+def compared(setting: dict, records: list[dict]) -> dict:
+    """What a JSON file holds: the setting, the first checkpoint's record, and those it is compared with."""
+    return setting | records[0] | ({"compare": records[1:]} if len(records) > 1 else {})
+
+
+def rows_of(records: list[dict]) -> list[dict]:
+    """The rows of the CSV file."""
     rows = []
     for record in records:
         for kind in [kind for kind in ("sweep", "high_targets", "percentiles") if kind in record]:
             which = {"checkpoint": record["checkpoint"], "seed": record["seed"], "kind": kind}
             rows += [which | row for row in record[kind]]
-    title = f"{data['label']}\n{rollouts} rollouts per target"
-    title += f", context {args.context}" if args.context else ""
-    result = setting | records[0] | ({"compare": records[1:]} if args.compare else {})
-    suffix = (f"_context_{args.context}" if args.context else "") + suffix
-    mode = "" if args.inference == "request" else f"_{args.inference}"
-    stem = folder / f"{'high_targets' if high_only else 'alignment'}{mode}{suffix}"
-    write_results(stem, result, rows, None if high_only else plot(records, task, returns, title))
-    for record in records:
-        high = (f"{row['score_mean']:.1f} at target {row['target_return']:g}" for row in record["high_targets"])
-        error = "" if high_only else f"alignment RMSE {record['alignment_rmse']:.2f}, "
-        if args.percentiles:
-            share = record["absolute_error_of_range"]
-            share = "" if share is None else f" ({share:.1%} of their range)"
-            error += f"absolute error {record['absolute_error']:.0f}{share}, "
-        print(f"{record['checkpoint']}: {error}score {', '.join(high)}")
-    print(f"{data['label']}: {stem}.json, .csv{'' if high_only else ', .png'}")
-    if args.trajectories:
-        curves, seconds_per_step = behaviour(records[0], sweeps[0][1]), make_env(task.env_id).dt
-        lines = [{k: row[k] for k in ("target_return", "velocity_mean", "length_mean")} for row in records[0]["sweep"]]
-        result = setting | trained.identity() | {"seconds_per_step": seconds_per_step}
-        result |= {"targets": lines, "over_time": curves}
-        stem = folder / f"behaviour{suffix}"
-        write_results(stem, result, lines, plot_behaviour(records, curves, seconds_per_step, title))
-        print(f"forward velocity: {stem}.json, .csv, .png")
-    if args.video:
-        captions = [f"target {target:g}" for target in args.video]
-        gif = video(trained, args.video, captions, [args.seed] * len(args.video), task.horizon, renderer)
-        write_file(folder / f"video{suffix}.gif", gif)
-        print(f"one episode per target: {folder}/video{suffix}.gif")
+    return rows
+
+
+def summary(record: dict) -> str:
+    """A record's line on the screen."""
+    error = f"alignment RMSE {record['alignment_rmse']:.2f}, " if "alignment_rmse" in record else ""
+    if "absolute_error" in record:
+        share = record["absolute_error_of_range"]
+        share = "" if share is None else f" ({share:.1%} of their range)"
+        error += f"absolute error {record['absolute_error']:.0f}{share}, "
+    high = (f"{row['score_mean']:.1f} at target {row['target_return']:g}" for row in record["high_targets"])
+    return f"{record['checkpoint']}: {error}score {', '.join(high)}"
+
+
+def write_behaviour(stem: Path, setting: dict, records: list[dict], velocities: np.ndarray, task: Task, title: str):
+    """Figures 3 and 4 of the first checkpoint."""
+    curves, seconds_per_step = behaviour(records[0], velocities), make_env(task.env_id, task.env_kwargs).unwrapped.dt
+    lines = [{k: row[k] for k in ("target_return", "velocity_mean", "length_mean")} for row in records[0]["sweep"]]
+    identity = {k: x for k, x in records[0].items() if k not in ("sweep", "high_targets", "percentiles")}
+    result = setting | identity | {"seconds_per_step": seconds_per_step, "targets": lines, "over_time": curves}
+    write_results(stem, result, lines, lambda: plot_behaviour(records, curves, seconds_per_step, title))
+    print(f"forward velocity: {stem}.json, .csv, .png")
 
 
 # ======== shared: results ========
 
 
 BASELINES = ("train_radt", "train_vdt", "tune_vdt", "train_qt", "train_rvdt")  # in baselines/, with policies as here
+OURS = ("lambda_e", "max_push", "action_noise", "dropout", "average", "eval_context_len", "alignment")
+OURS += ("conv", "state_loss")  # what result files say of a Q-Align DT
 
 
 class Trained(NamedTuple):
     """A policy.pt of stage 2 or of a baseline, ready to roll out."""
 
     path: Path
-    task: "Task"
-    policy: Policy
+    task: Task
+    policy: nn.Module
     content: dict  # everything that the file holds
+    context: int  # steps of a rollout's windows
 
     def identity(self) -> dict:
         """What result files say of a checkpoint."""
-        config, step = {"average": 0.0, "eval_context_len": 0} | self.content["config"], self.content["step"]
-        names = ("seed", "total_steps", "lambda_e", "max_push", "action_noise", "dropout", "average")
-        names += ("eval_context_len", "alignment", "conv", "state_loss")
-        names = {name: config[name] for name in names[: 2 if "method" in config else None]}
+        config, names = self.content["config"], ("seed", "total_steps")
+        if "method" not in config:
+            names += OURS
         method = config.get("method") or method_of(config["lambda_e"], config["conv"], config["state_loss"])
-        trained_on = {"env": self.task.name, "trained_on": self.content["data"]}
-        return {"checkpoint": str(self.path), "method": method, "step": step} | trained_on | names
+        about = {"checkpoint": str(self.path), "method": method, "step": self.content["step"], "env": self.task.name}
+        return about | {"trained_on": self.task.summary()} | {name: config[name] for name in names}
 
 
 def method_of(lambda_e: float, conv: bool, state_loss: bool) -> str:
@@ -611,28 +712,54 @@ def method_of(lambda_e: float, conv: bool, state_loss: bool) -> str:
 
 
 def label_of(record: dict) -> str:
-    best = ", best checkpoint" if Path(record["checkpoint"]).name == "policy_best.pt" else ""
     ours = ("max_push", "action_noise", "average") if record.get("lambda_e") else ("average",)
     ours = "".join(f", {name} {record[name]:g}" for name in ours if record.get(name))
-    return f"{record['method']}, seed {record['seed']}{ours}{best}"
+    return plain(f"{record['method']}, seed {record['seed']}{ours}")
 
 
+def policy_path(args, default: str) -> Path:
+    """The policy.pt that --checkpoint, or --env, --exp-name and --seed name; exits 2 and lists the runs there are."""
+    if args.checkpoint:
+        return Path(args.checkpoint)
+    env = (args.env or default).replace("/", "--")
+    path = Path(args.runs_dir) / f"{env}__{args.exp_name}__{args.seed}" / "policy.pt"
+    if not os.path.lexists(path):
+        there = ", ".join(sorted(p.parent.name for p in Path(args.runs_dir).glob("*/policy.pt"))) or "none"
+        fail(f"no policy at {path}; runs there: {there}")
+    return path
+
+
+@torch.no_grad()
 def load_policy(path: Path, precision: str, device: torch.device) -> Trained:
     """Read a checkpoint of stage 2 or of a baseline; exits 2 if it is anything else."""
     content = load_checkpoint(path, "train_qalign_dt", *BASELINES)
     make = make_policy if content["stage"] == "train_qalign_dt" else baseline(content["stage"]).make_policy
     try:
-        task, config = parse_env(content["env"]), content["config"]
+        task, config, returns = build(Task, content["task"]), content["config"], content["episode_returns"]
+        numbers = [x for x in config.values() if isinstance(x, int | float)]
+        if not all(math.isfinite(x) and abs(x) <= 1e9 for x in numbers) or not 0 < config["context_len"] <= 10_000:
+            raise ValueError("a number of its configuration is out of bounds")
         policy = make(task, config, use_bf16(precision, device))
+        check_same(content["policy"], policy.state_dict(), "policy")
         policy.load_state_dict(content["policy"])
-        found = Trained(path, task, policy.to(device).eval(), content)
-        # a KeyError now, not after a sweep
-        _ = found.identity(), content["data"]["label"], content["data"]["is_d4rl"], content["obs_mean"]
-        _ = content["obs_std"], config["context_len"], content["critic"] and (config["gamma"], config["critic_width"])
-        if not (len(content["episode_returns"]) and all(p.isfinite().all() for p in policy.parameters())):
-            raise ValueError("weights that are not finite")
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        fail(f"{path}: not a whole checkpoint ({one_line(error)}); train it again")
+        like = torch.zeros(task.obs_dim)
+        check_same([content["obs_mean"], content["obs_std"]][0], like, "obs_mean")
+        check_same(content["obs_std"], like, "obs_std")
+        check_same(returns, torch.zeros(len(returns), dtype=torch.float64), "episode_returns")
+        if content["obs_std"].min() <= 0 or not len(returns):
+            raise ValueError("its standardisation or returns are impossible")
+        if not fits([content["step"], config["total_steps"]], list[int]):
+            raise ValueError("its steps are no numbers")
+        found = Trained(path, task, policy.to(device).eval(), content, config["context_len"])
+        if not all(fits(x, str | int | float | bool) for k, x in found.identity().items() if k != "trained_on"):
+            raise ValueError("its configuration is not of plain values")
+        label_of(found.identity())
+        sizes = ((), (task.obs_dim,), (task.act_dim,))  # and it acts on a window
+        window = [torch.zeros(1, found.context, *size, device=device) for size in sizes]
+        policy.act(*window, window[0].long(), window[0] == 0)
+    except Exception as error:  # an edited file can break in any way
+        reason = f"no {error}" if isinstance(error, KeyError) else one_line(error)
+        fail(f"{path}: not a whole checkpoint ({reason}); train it again")
     if content["step"] < config["total_steps"]:
         print(f"note: {path} is at step {content['step']:,} of {config['total_steps']:,}")
     return found
@@ -643,10 +770,7 @@ def baseline(name: str):
     script = Path(__file__).resolve().parent / "baselines" / f"{name}.py"
     if not script.is_file():
         fail(f"{script} is missing; the policy's network is defined there")
-    spec = importlib.util.spec_from_file_location(name, script)
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(script)
 
 
 def new_figure(*shape, figsize, **options):
@@ -660,24 +784,34 @@ def new_figure(*shape, figsize, **options):
     return figure, axes
 
 
-def write_results(stem: Path, result: dict, rows: list[dict], figure) -> None:
-    """<stem>.json, .csv (of rows) and, if there is a figure, .png."""
-    lines = [",".join(f'"{x}"' if isinstance(x, str) else f"{x}" for x in row.values()) for row in rows]
-    write_file(stem.with_suffix(".csv"), "\n".join([",".join(rows[0]), *lines, ""]).encode())
-    if figure:
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=120)
-        write_file(stem.with_suffix(".png"), picture.getvalue())
+def plain(text: str) -> str:
+    """Text for a figure, where $ would begin mathematics."""
+    return text.replace("$", r"\$")
+
+
+def write_results(stem: Path, result: dict, rows: list[dict], figure=None) -> None:
+    """<stem>.json, .csv (of rows) and, if there is a function that draws it, .png: numbers before pictures."""
     write_file(stem.with_suffix(".json"), (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
+    table = csv.writer(sheet := io.StringIO(), lineterminator="\n")
+    table.writerows([rows[0], *(row.values() for row in rows)])
+    write_file(stem.with_suffix(".csv"), sheet.getvalue().encode(errors="surrogateescape"))
+    if figure:
+        figure().savefig(picture := io.BytesIO(), format="png", dpi=120)
+        write_file(stem.with_suffix(".png"), picture.getvalue())
 
 
-def make_renderer(env_id: str):
+def has_model(task: Task) -> bool:
+    """Whether the environment is one of MuJoCo's."""
+    return hasattr(make_env(task.env_id, task.env_kwargs).unwrapped, "model")
+
+
+def make_renderer(task: Task):
     """MuJoCo's offscreen renderer; exits 2 where no OpenGL works."""
     try:
         import mujoco
 
         with warnings.catch_warnings(action="ignore"):
-            return mujoco.Renderer(make_env(env_id).model, 200, 240)
+            return mujoco.Renderer(make_env(task.env_id, task.env_kwargs).unwrapped.model, 200, 240)
     except Exception as error:  # each OpenGL backend has kinds of its own
         fail(f"--video: MuJoCo finds no OpenGL here ({one_line(error):.80}); without a screen, set MUJOCO_GL=egl")
 
@@ -688,7 +822,8 @@ def video(trained: Trained, targets, captions, seeds, steps: int, renderer, **op
     from PIL import Image, ImageDraw
 
     result = rollout(trained, targets, seeds, steps, "video", keep_qpos=True, **options)
-    env = make_env(trained.task.env_id)
+    env = make_env(trained.task.env_id, trained.task.env_kwargs).unwrapped
+    camera = "above" if trained.task.body in ("antmaze", "maze2d") else "track"
     stride, steps = max(1, round(0.08 / env.dt)), min(int(result.lengths.max()), round(10 / env.dt))
     frames = []
     for t in range(0, steps, stride):
@@ -697,7 +832,7 @@ def video(trained: Trained, targets, captions, seeds, steps: int, renderer, **op
             now = min(t, int(result.lengths[i]) - 1)
             env.data.qpos[:], env.data.qvel[:] = result.qpos[i, now], 0
             mujoco.mj_forward(env.model, env.data)
-            renderer.update_scene(env.data, camera="above" if trained.task.body == "antmaze" else "track")
+            renderer.update_scene(env.data, camera=camera)
             panel = Image.fromarray(renderer.render())
             state = f"ended at step {now + 1}" if t > now else f"{result.velocities[i, now]:.1f} m/s"
             ImageDraw.Draw(panel).multiline_text((6, 4), f"{caption}\n{state}", fill=(255, 255, 255))
@@ -710,47 +845,148 @@ def video(trained: Trained, targets, captions, seeds, steps: int, renderer, **op
 
 # ======== end of shared: results ========
 
+
+def simulate(task: Task, seeds):
+    """One simulation for each seed: MuJoCo's bodies in lockstep, every other environment as Gymnasium steps it."""
+    if task.env_id in BODY_IDS and not task.env_kwargs:
+        return Simulator(task.env_id, seeds)
+    return Environments(task, seeds)
+
+
+# v5 (Minari) differs from v4 in the model of Walker2d, and in that a fall earns no bonus of 1 for being healthy.
+BODY_IDS = {f"{body}-{v}": body.lower() for body in ("Hopper", "HalfCheetah", "Walker2d") for v in ("v4", "v5")}
+BODY_IDS["Ant-v4"] = "ant"
+
+
+class Simulator:
+    """n copies of an environment of BODY_IDS, advanced in lockstep by torch's threads.
+
+    Initial states are those of env.reset(seed); observations, rewards and terminations those of env.step, without its
+    time limit. Ant's observation is padded with zeros to D4RL's 111 numbers.
+    """
+
+    def __init__(self, env_id: str, seeds):
+        self.env, self.body, self.bonus_after_fall = make_env(env_id), BODY_IDS[env_id], env_id.endswith("v4")
+        inner = self.env.unwrapped
+        from mujoco.batch import Batch  # after make_env, which sees to a bad MUJOCO_GL
+
+        self.model, self.frame_skip, self.dt = inner.model, inner.frame_skip, inner.dt
+        self.batch = Batch(self.model, len(seeds), nthread=torch.get_num_threads())
+        self.qpos, self.qvel, self.ctrl, self.xpos = map(self.batch.bind, ("qpos", "qvel", "ctrl", "xpos"))
+        self.reset(np.arange(len(seeds)), seeds)
+
+    def reset(self, index, seeds) -> None:
+        """Start some of the simulations anew, each with its seed."""
+        import mujoco
+
+        data = self.env.unwrapped.data
+        for i, seed in zip(index, seeds):
+            self.env.reset(seed=int(seed))
+            mujoco.mj_getState(self.model, data, self.batch.state[i], mujoco.mjtState.mjSTATE_INTEGRATION)
+        if self.body == "ant":  # of which x_position needs the torso's frame
+            self.batch.forward(index, stage=mujoco.mjtStage.mjSTAGE_POS)
+
+    def observe(self, index) -> np.ndarray:
+        """(m, obs_dim) float64: the observations of some of the simulations."""
+        qpos, qvel = self.qpos[index], self.qvel[index]
+        if self.body == "ant":
+            return np.concatenate([qpos[:, 2:], qvel, np.zeros((len(qpos), 111 - 27))], axis=1)
+        return np.concatenate([qpos[:, 1:], qvel if self.body == "halfcheetah" else qvel.clip(-10, 10)], axis=1)
+
+    def x_position(self, index) -> np.ndarray:
+        """(m,) whose difference is the forward velocity; Gymnasium's Ant reads it before the last substep."""
+        return self.xpos[index, self.model.body("torso").id, 0] if self.body == "ant" else self.qpos[index, 0].copy()
+
+    def step(self, index, actions):
+        """One env.step of the simulations `index` (m,), given actions (m, act_dim).
+
+        Returns observations (m, obs_dim), rewards, which of them ended, and forward velocities in m/s, each (m,).
+        """
+        before = self.x_position(index)
+        self.ctrl[index] = actions
+        self.batch.step(index, nstep=self.frame_skip)
+        velocity, effort = (self.x_position(index) - before) / self.dt, np.square(actions).sum(axis=1)
+        state = np.concatenate([self.qpos[index], self.qvel[index]], axis=1)
+        z, angle = state[:, 1], state[:, 2]
+        if self.body == "halfcheetah":
+            reward, healthy = velocity - 0.1 * effort, np.ones(len(state), bool)
+        elif self.body == "hopper":
+            healthy = (np.abs(state[:, 2:]) < 100).all(axis=1) & (z > 0.7) & (np.abs(angle) < 0.2)
+            reward = velocity + (healthy | self.bonus_after_fall) - 1e-3 * effort
+        elif self.body == "walker2d":
+            healthy = (z > 0.8) & (z < 2.0) & (np.abs(angle) < 1.0)
+            reward = velocity + (healthy | self.bonus_after_fall) - 1e-3 * effort
+        else:  # ant
+            reward = velocity + 1.0 - 0.5 * effort
+            healthy = np.isfinite(state).all(axis=1) & (state[:, 2] >= 0.2) & (state[:, 2] <= 1.0)
+        return self.observe(index), reward, ~healthy, velocity
+
+
+class Environments:
+    """The same interface for every other environment: Gymnasium's own, stepped one after the other."""
+
+    def __init__(self, task: Task, seeds):
+        self.envs = [make_env(task.env_id, task.env_kwargs) for _ in seeds]
+        self.last = [env.reset(seed=int(seed))[0] for env, seed in zip(self.envs, seeds)]
+
+    def observe(self, index) -> np.ndarray:
+        """(m, obs_dim): the observations of some of the simulations."""
+        return np.stack([self.last[i] for i in index])
+
+    @property
+    def qpos(self) -> np.ndarray:
+        """(n, nq): MuJoCo's positions."""
+        return np.stack([env.unwrapped.data.qpos for env in self.envs])
+
+    def x_position(self, i: int) -> float:
+        data = getattr(self.envs[i].unwrapped, "data", None)
+        return float(data.qpos[0]) if data is not None else np.nan
+
+    def step(self, index, actions):
+        """As Simulator.step; an episode ends where the environment terminates or truncates it."""
+        rewards, ended, velocities = np.zeros(len(index)), np.zeros(len(index), bool), np.zeros(len(index))
+        for j, i in enumerate(index):
+            before = self.x_position(i)
+            self.last[i], rewards[j], terminated, truncated, _ = self.envs[i].step(actions[j])
+            ended[j] = terminated or truncated
+            velocities[j] = (self.x_position(i) - before) / getattr(self.envs[i].unwrapped, "dt", 1.0)
+        return self.observe(index), rewards, ended, velocities
+
+
 # ======== shared: setup ========
 
-FORMAT = 5  # of the checkpoint files
-HORIZON = 1000  # steps after which Gymnasium and D4RL cut an episode (the small AntMaze: 700)
+FORMAT = 6  # of the checkpoint files
 
 
 def fail(message: str, code: int = 2):
     """One line on stderr that says what is wrong, where, and what to do; then exit."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable(message, 2000)}", file=sys.stderr)
     sys.exit(code)
 
 
+def printable(text: str, length: int = 300) -> str:
+    """Text from outside (file names, labels) without line breaks and terminal escapes, cut to a length."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in f"{text:.{length}}")
+
+
 def one_line(error: BaseException) -> str:
-    return f"{' '.join(str(error).split()) or type(error).__name__:.300}"
+    return printable(" ".join(str(error).split()) or type(error).__name__)
 
 
 def run(main) -> None:
     """main(); Ctrl-C (exit 130), NaN and errors of the system (exit 1: disk, memory, ...) end in one line on stderr."""
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        if getattr(sys, name) is None:  # a closed stream: os.devnull, for child processes as well
-            os.dup2(os.open(os.devnull, os.O_RDWR), number)
-            os.set_inheritable(number, True)
-            setattr(sys, name, open(number, "w"))
-        getattr(sys, name).reconfigure(line_buffering=True, errors="replace")
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(line_buffering=True, errors="replace")
     try:
         main()
     except (KeyboardInterrupt, OSError, MemoryError, FloatingPointError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("memory|compiler", str(error)):  # torch lacks one of them
-            raise  # a bug
+        # torch has no class for a CPU without memory, or for a missing compiler; any other RuntimeError is a bug
+        if isinstance(error, RuntimeError) and not re.search("memory|compiler", str(error)):
+            raise
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error)
         fail("; ".join([reason, *getattr(error, "__notes__", ())]), code=130 if reason == "interrupted" else 1)
-
-
-def check_args(args, lowest: dict) -> None:
-    """ValueError, which tyro reports, for a number outside lowest.get(name, 0) .. 1e9 or a bad --exp-name."""
-    if not re.fullmatch(r"\w[\w.-]*", args.exp_name, re.ASCII):
-        raise ValueError(f"--exp-name {args.exp_name!r}: letters, digits and . _ - only, a letter or digit first")
-    for name, value in vars(args).items():
-        for x in value if isinstance(value, tuple) else (value,):
-            if isinstance(x, int | float) and not lowest.get(name, 0) <= x <= 1e9:
-                raise ValueError(f"--{name.replace('_', '-')} {x}: must be between {lowest.get(name, 0):g} and 1e9")
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -768,277 +1004,157 @@ def write_file(path: Path, content: bytes) -> None:
 
 def load_checkpoint(path: Path, *stages: str) -> dict:
     """Read a checkpoint of one of the stages onto the CPU, without unpickling; exits 2 on anything else."""
+    if path.exists() and not path.is_file():
+        fail(f"{path}: not a regular file")
     try:
         with open(path, "rb") as f, warnings.catch_warnings(action="ignore"):  # torch warns about foreign pickles
             if zipfile.ZipFile(f).testzip():  # torch itself does not verify the checksums
                 raise ValueError("damaged")
             content = torch.load(path, map_location="cpu", weights_only=True)
-            if content["stage"] not in stages or content["format"] != FORMAT:
-                found = f"of {content['stage']}.py in format {content['format']}"
-                fail(f"{path}: {found}, not of {stages[0]}.py in {FORMAT}")
-            return content
+        stage, version = content["stage"], content["format"]
+        if not (isinstance(stage, str) and type(version) is int):
+            raise TypeError("no stage's")
+        if stage not in stages or version != FORMAT:
+            fail(f"{path}: of {printable(stage, 40)}.py in format {version}, not of {stages[0]}.py in {FORMAT}")
+        size, seen, todo = path.stat().st_size, set(), [content]
+        while todo:  # every tensor, each once: none may claim to be larger than the file
+            x = todo.pop()
+            if isinstance(x, dict | list | tuple) and id(x) not in seen:
+                seen.add(id(x))
+                todo += x.values() if isinstance(x, dict) else x
+            elif torch.is_tensor(x) and (x.layout != torch.strided or x.numel() * x.element_size() > size):
+                raise ValueError("damaged")
+        return content
     except OSError as error:
         fail(f"{path}: {error.strerror or one_line(error)}")
     except Exception:  # zipfile and torch raise a dozen kinds for truncated, foreign and pickled files
         fail(f"{path}: damaged, or not a checkpoint of {stages[0]}.py")
 
 
+def load_module(script: Path):
+    """One of our own files, as a module."""
+    if script.stem not in sys.modules:
+        spec = importlib.util.spec_from_file_location(script.stem, script)
+        sys.modules[script.stem] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[script.stem]
+
+
 # ======== end of shared: setup ========
 
-# ======== shared: task ========
+# ======== shared: checks ========
 
 
-class Task(NamedTuple):
-    """What <body>-<quality>-<tag>, or Minari's .../<body>/<quality>-v0, stands for; returns are raw unless noted."""
-
-    name: str
-    body: str
-    quality: str
-    tag: str
-    env_id: str  # Gymnasium's environment, or an AntMaze
-    obs_dim: int
-    act_dim: int
-    ref_min: float  # D4RL's reference returns, of a random and of an expert policy
-    ref_max: float
-    rtg_scale: float
-    rtg_range: tuple[float, float]  # normalised; the release's, for D4RL data
-    high_targets: tuple[float, ...]  # the release's evaluation targets
-    critic_reward_shift: float = 0.0  # AntMaze: the critic sees r - 1, as in IQL
-
-    @property
-    def folder(self) -> str:
-        """What run folders start with."""
-        return self.name.replace("/", "--")
-
-    @property
-    def horizon(self) -> int:
-        """Steps after which an episode is cut."""
-        return 700 if self.env_id == "AntMaze-umaze" else HORIZON
-
-    def score(self, returns):
-        """D4RL score: 0 for a random policy's return, 100 for an expert's."""
-        return 100 * (returns - self.ref_min) / (self.ref_max - self.ref_min)
-
-    def targets(self, is_d4rl: bool, best: float) -> tuple[float, ...]:
-        """High target returns to report a score at, raw: the release's; for own data its best, and a fifth more."""
-        return self.high_targets if is_d4rl or self.body == "antmaze" else (best, best + 0.2 * abs(best))
-
-    @property
-    def score_name(self) -> str:
-        return "return" if self.tag == "minari" else "score (0: random, 100: expert)"
+def fits(x, hint) -> bool:
+    """Whether a value read from a file has a type of plain data: float takes int; NaN and infinity are no numbers."""
+    kind, args = typing.get_origin(hint), typing.get_args(hint)
+    if kind is Literal:
+        return any(type(x) is type(arg) and x == arg for arg in args)
+    if kind in (typing.Union, types.UnionType):
+        return any(fits(x, arg) for arg in args)
+    if kind is tuple:
+        every = args[:1] * len(x) if isinstance(x, tuple) and args[-1] is ... else args
+        return isinstance(x, tuple) and len(x) == len(every) and all(map(fits, x, every))
+    if kind is list:
+        return isinstance(x, list) and all(fits(y, args[0]) for y in x)
+    if kind is dict:
+        return isinstance(x, dict) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in x.items())
+    if hint is float:
+        return type(x) in (int, float) and math.isfinite(x)
+    return type(x) is hint
 
 
-BODIES = {
-    "hopper": ("Hopper-v4", 11, 3, -20.272305, 3234.3, 1000.0, (-1.0, 4.0), (1800.0, 3600.0, 4000.0)),
-    "halfcheetah": ("HalfCheetah-v4", 17, 6, -280.178953, 12135.0, 1000.0, (-1.0, 25.0), (12000.0, 24000.0)),
-    "walker2d": ("Walker2d-v4", 17, 6, 1.629008, 4592.3, 1000.0, (-1.0, 20.0), (5000.0, 6000.0, 10000.0)),
-    "ant": ("Ant-v4", 111, 8, -325.6, 3879.7, 1000.0, (-1.0, 10.0), (5000.0, 10000.0)),
-    "antmaze": ("AntMaze-", 29, 8, 0.0, 1.0, 1.0, (0.0, 1.0), (0.8, 0.9, 1.0, 100.0), -1.0),
-}
-# Minari's MuJoCo datasets are recorded in v5: the observations of v4, but for Ant's. Their scores here are raw returns.
-MINARI_ENVS = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5"}
-QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "expert")
-MAZES = ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")
+def build(cls, values: dict):
+    """A dataclass from a checkpoint's values; ValueError where a field is missing or of another type or range."""
+    hints = typing.get_type_hints(cls)
+    if not isinstance(values, dict) or set(values) != set(hints):
+        raise ValueError(f"{cls.__name__} needs {', '.join(hints)}")
+    if wrong := [name for name, hint in hints.items() if not fits(values[name], hint)]:
+        raise ValueError(f"{wrong[0]} is not of type {hints[wrong[0]]}")
+    return cls(**values)
 
 
-def parse_env(name: str) -> Task:
-    """The task of an --env name; exits 2 on an unknown one, naming the closest."""
-    if minari := re.fullmatch(r"(?:[\w.-]+/)*([a-z0-9]+)/([\w.-]+)-v\d+", name, re.ASCII):
-        body, quality = minari.groups()
-        if body not in MINARI_ENVS:
-            fail(f"--env {name}: of Minari, datasets named .../{'|'.join(MINARI_ENVS)}/... can be used")
-        task = Task(name, body, quality, "minari", *BODIES[body])  # no other name can have a slash
-        return task._replace(env_id=MINARI_ENVS[body], ref_min=0.0, ref_max=100.0)
-    body, _, rest = name.partition("-")
-    quality, _, tag = rest.rpartition("-") if rest != "mini" else ("mini", "", "mini")
-    names = [f"{b}-{q}-v2" for b in BODIES for q in (MAZES if b == "antmaze" else QUALITIES)]
-    known = name in names or tag != "v2" and f"{name}-v2" not in names and re.fullmatch(r"\w[\w.]*", tag, re.ASCII)
-    qualities = MAZES if body == "antmaze" else (*QUALITIES, "mixed", "mini")
-    if not known or body not in BODIES or quality not in qualities:
-        close = difflib.get_close_matches(name, [*names, "hopper-mini", "halfcheetah-mini"], n=3, cutoff=0.0)
-        fail(f"unknown --env {name!r}: did you mean {', '.join(close)}? (any tag but v2 stands for your own data)")
-    task = Task(name, body, quality, tag, *BODIES[body])
-    return task._replace(env_id="AntMaze-" + quality.partition("-")[0]) if body == "antmaze" else task
+def check_same(found, expected, name: str) -> None:
+    """ValueError unless a checkpoint's nested dicts and tensors have the keys, shapes and types of those we built."""
+    if isinstance(expected, dict):
+        if not isinstance(found, dict) or set(found) != set(expected):
+            raise ValueError(f"{name} has other entries")
+        for key in expected:
+            check_same(found[key], expected[key], f"{name}.{key}")
+    elif torch.is_tensor(expected):
+        if not torch.is_tensor(found) or (found.shape, found.dtype) != (expected.shape, expected.dtype):
+            raise ValueError(f"{name} has another shape or type")
+        if not found.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+    elif type(found) is not type(expected) or found != expected:
+        raise ValueError(f"{name} is another")
+
+
+def check_args(args, lowest: dict) -> None:
+    """ValueError, which tyro reports, for a number outside lowest.get(name, 0) .. 1e9 or a bad --exp-name."""
+    if not re.fullmatch(r"\w[\w.-]*", args.exp_name, re.ASCII):
+        raise ValueError(f"--exp-name {args.exp_name!r}: letters, digits and . _ - only, a letter or digit first")
+    for name, value in vars(args).items():
+        for x in value if isinstance(value, tuple) else (value,):
+            if isinstance(x, int | float) and not lowest.get(name, 0) <= x <= 1e9:
+                raise ValueError(f"--{name.replace('_', '-')} {x}: must be between {lowest.get(name, 0):g} and 1e9")
 
 
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one. Switches TF32 off: float32 is float32, for the critic above all."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) and mallopt(-3, 2**30):
-        mallopt(-1, 2**31 - 1)  # glibc: keep freed memory; given back, large tensors would fault it in at every step
     if name == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: torch finds no CUDA device here; use --device cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-# ======== end of shared: task ========
+# ======== end of shared: checks ========
 
 # ======== shared: environment ========
 
 
-def make_env(env_id: str):
-    """Gymnasium's environment without its time limit, its known warnings, and MuJoCo's MUJOCO_LOG.TXT about them."""
+def make_env(env_id: str, kwargs: dict | None = None):
+    """Gymnasium's environment without its time limit; observations a vector, actions in [-1, 1]. Exits 2 on any other.
+
+    env_id may come from a file, so it chooses among Gymnasium's own environments, gymnasium_robotics' and the mazes in
+    data/qalign_mazes.py, and no other code.
+    """
     if "mujoco" not in sys.modules:  # make_renderer imports it first: nothing will be rendered, so look for no OpenGL
         os.environ["MUJOCO_GL"] = "disable"
     import mujoco
 
     known = "'settotalmass' is deprecated"  # a remark on Gymnasium's half_cheetah.xml
     mujoco.set_mju_user_warning(lambda text: None if known in text else warnings.warn(f"MuJoCo: {text}", stacklevel=2))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is out of date. You should consider upgrading to version `v5`")
-        return gymnasium.make(env_id).unwrapped
+    try:
+        if env_id.startswith("qalign_mazes:"):
+            here = Path(__file__).resolve().parent
+            load_module(here / ("" if here.name == "data" else "data") / "qalign_mazes.py")  # registers them
+        elif ":" not in env_id and env_id not in gymnasium.registry:
+            import gymnasium_robotics
+
+            gymnasium.register_envs(gymnasium_robotics)
+        entry = gymnasium.spec(env_id.removeprefix("qalign_mazes:")).entry_point
+        if not f"{entry}".startswith(("gymnasium.envs.", "gymnasium_robotics.", "qalign_mazes:")):
+            raise ValueError("not one of Gymnasium's, gymnasium_robotics' or this project's")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is out of date. You should consider upgrading to version `v")
+            env = gymnasium.make(env_id, max_episode_steps=-1, disable_env_checker=True, **(kwargs or {}))
+        if isinstance(env.observation_space, gymnasium.spaces.Dict):
+            env = gymnasium.wrappers.FlattenObservation(env)
+        low, high = env.action_space.low, env.action_space.high
+        if len(env.observation_space.shape) != 1 or low.ndim != 1 or not np.isfinite([low, high]).all():
+            raise ValueError("observations must be numbers, and actions a bounded vector")
+        if (low != -1).any() or (high != 1).any():
+            env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+        return env
+    except (ImportError, FileNotFoundError) as error:
+        fail(f"environment {env_id} needs {getattr(error, 'name', None) or error.filename}, which is missing here")
+    except Exception as error:  # an unknown name, other spaces, arguments that the environment does not take
+        fail(f"environment {env_id}: {one_line(error)}")
 
 
 # ======== end of shared: environment ========
-
-# ======== shared: antmaze ========
-
-MAPS = {  # r: start, g: goal, 1: wall; four metres per cell
-    "umaze": ("11111", "1r001", "11101", "1g001", "11111"),
-    "medium": ("11111111", "1r011001", "10010001", "11000111", "10010001", "10100101", "100010g1", "11111111"),
-    "large": ("111111111111", "1r0001000001", "101101010101", "100000010001", "101111011101", "100101000001")
-    + ("110101010111", "100100010g01", "111111111111"),
-}
-
-
-class AntMaze(gymnasium.Env):
-    """D4RL's antmaze-*-v2 as it is evaluated, on Gymnasium's ant.xml: reward 1 and the end within 0.5 m of the goal.
-
-    The observation (29,) is position and velocity; it does not hold the goal, which is drawn anew in every episode.
-    """
-
-    def __init__(self, maze: str):
-        import mujoco
-
-        spec = mujoco.MjSpec.from_file(str(Path(gymnasium.__file__).parent / "envs/mujoco/assets/ant.xml"))
-        spec.option.timestep = 0.02
-        for i, row in enumerate(MAPS[maze]):
-            for j, cell in enumerate(row):
-                if cell == "1":
-                    wall = dict(type=mujoco.mjtGeom.mjGEOM_BOX, size=(2, 2, 1), contype=1, conaffinity=1)
-                    spec.worldbody.add_geom(pos=(4 * j - 4, 4 * i - 4, 1), **wall)
-                elif cell == "g":
-                    self.goal_cell = np.array([4 * j - 4, 4 * i - 4])
-        for geom in spec.geoms:
-            geom.solimp[:3] = 0.8, 0.8, 0.01
-        for actuator in spec.actuators:
-            actuator.gear[0] = 30
-        rows, columns = len(MAPS[maze]), len(MAPS[maze][0])
-        spec.worldbody.add_camera(name="above", pos=(2 * columns - 6, 2 * rows - 6, 5 * max(rows, columns)))
-        self.model, self.frame_skip, self.dt = spec.compile(), 5, 0.1
-        self.data = mujoco.MjData(self.model)
-        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (29,))
-        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (8,))
-
-    def reset(self, *, seed=None, options=None):
-        import mujoco
-
-        super().reset(seed=seed)
-        uniform = self.np_random.uniform
-        self.goal = (self.goal_cell + uniform(0, 1, 2) + uniform(0, 0.5, 2)).clip(min=0)
-        mujoco.mj_resetData(self.model, self.data)
-        self.data.qpos += uniform(-0.1, 0.1, 15)
-        self.data.qvel[:] = 0.1 * self.np_random.standard_normal(14)
-        mujoco.mj_forward(self.model, self.data)
-        return np.concatenate([self.data.qpos, self.data.qvel]), {}
-
-    def step(self, action):
-        import mujoco
-
-        self.data.ctrl[:] = np.clip(action, -1, 1)
-        mujoco.mj_step(self.model, self.data, nstep=self.frame_skip)
-        reached = bool(np.linalg.norm(self.data.qpos[:2] - self.goal) <= 0.5)
-        return np.concatenate([self.data.qpos, self.data.qvel]), float(reached), reached, False, {}
-
-
-for maze in MAPS:
-    if f"AntMaze-{maze}" not in gymnasium.registry:  # by another stage, in the same process
-        gymnasium.register(
-            f"AntMaze-{maze}", AntMaze, disable_env_checker=True, order_enforce=False, kwargs={"maze": maze}
-        )
-
-# ======== end of shared: antmaze ========
-
-# ======== shared: simulator ========
-
-# v5 (Minari) differs from v4 in the model of Walker2d, and in that a fall earns no bonus of 1 for being healthy.
-BODY_IDS = {f"{body}-{v}": body.lower() for body in ("Hopper", "HalfCheetah", "Walker2d") for v in ("v4", "v5")}
-BODY_IDS["Ant-v4"] = "ant"
-
-
-class Simulator:
-    """n copies of an environment (of BODY_IDS, Gymnasium's; or an AntMaze), advanced in lockstep by torch's threads.
-
-    Initial states are those of env.reset(seed); observations, rewards and terminations those of env.step, without its
-    time limit. Ant's observation is padded with zeros to D4RL's 111 numbers.
-    """
-
-    def __init__(self, env_id: str, seeds):
-        self.env, self.body = make_env(env_id), BODY_IDS.get(env_id, "antmaze")
-        self.bonus_after_fall = env_id.endswith("v4")
-        from mujoco.batch import Batch  # after make_env, which sees to a bad MUJOCO_GL
-
-        self.model, self.frame_skip, self.dt = self.env.model, self.env.frame_skip, self.env.dt
-        self.batch = Batch(self.model, len(seeds), nthread=torch.get_num_threads())
-        self.qpos, self.qvel, self.ctrl, self.xpos = map(self.batch.bind, ("qpos", "qvel", "ctrl", "xpos"))
-        self.goals = np.zeros((len(seeds), 2))  # AntMaze's
-        self.reset(np.arange(len(seeds)), seeds)
-
-    def reset(self, index, seeds) -> None:
-        """Start some of the simulations anew, each with its seed."""
-        import mujoco
-
-        for i, seed in zip(index, seeds):
-            self.env.reset(seed=int(seed))
-            mujoco.mj_getState(self.model, self.env.data, self.batch.state[i], mujoco.mjtState.mjSTATE_INTEGRATION)
-            if self.body == "antmaze":
-                self.goals[i] = self.env.goal
-        if self.body == "ant":  # of which x_position needs the torso's frame
-            self.batch.forward(index, stage=mujoco.mjtStage.mjSTAGE_POS)
-
-    def observe(self, index) -> np.ndarray:
-        """(m, obs_dim) float64: the observations of some of the simulations."""
-        qpos, qvel = self.qpos[index], self.qvel[index]
-        if self.body == "ant":
-            return np.concatenate([qpos[:, 2:], qvel, np.zeros((len(qpos), 111 - 27))], axis=1)
-        if self.body == "antmaze":
-            return np.concatenate([qpos, qvel], axis=1)
-        return np.concatenate([qpos[:, 1:], qvel if self.body == "halfcheetah" else qvel.clip(-10, 10)], axis=1)
-
-    def x_position(self, index) -> np.ndarray:
-        """(m,) whose difference is the forward velocity; Gymnasium's Ant reads it before the last substep."""
-        return self.xpos[index, self.model.body("torso").id, 0] if self.body == "ant" else self.qpos[index, 0].copy()
-
-    def step(self, index, actions):
-        """One env.step of the simulations `index` (m,), given actions (m, act_dim).
-
-        Returns observations (m, obs_dim), rewards, terminated and forward velocities in m/s, each (m,).
-        """
-        before = self.x_position(index)
-        self.ctrl[index] = actions
-        self.batch.step(index, nstep=self.frame_skip)
-        velocity, effort = (self.x_position(index) - before) / self.dt, np.square(actions).sum(axis=1)
-        state = np.concatenate([self.qpos[index], self.qvel[index]], axis=1)
-        z, angle = state[:, 1], state[:, 2]
-        if self.body == "halfcheetah":
-            reward, healthy = velocity - 0.1 * effort, np.ones(len(state), bool)
-        elif self.body == "hopper":
-            healthy = (np.abs(state[:, 2:]) < 100).all(axis=1) & (z > 0.7) & (np.abs(angle) < 0.2)
-            reward = velocity + (healthy | self.bonus_after_fall) - 1e-3 * effort
-        elif self.body == "walker2d":
-            healthy = (z > 0.8) & (z < 2.0) & (np.abs(angle) < 1.0)
-            reward = velocity + (healthy | self.bonus_after_fall) - 1e-3 * effort
-        elif self.body == "antmaze":
-            reward = (np.linalg.norm(state[:, :2] - self.goals[index], axis=1) <= 0.5).astype(np.float64)
-            healthy = reward == 0
-        else:  # ant
-            reward = velocity + 1.0 - 0.5 * effort
-            healthy = np.isfinite(state).all(axis=1) & (state[:, 2] >= 0.2) & (state[:, 2] <= 1.0)
-        return self.observe(index), reward, ~healthy, velocity
-
-
-# ======== end of shared: simulator ========
 
 
 if __name__ == "__main__":

@@ -10,25 +10,30 @@ trained on HalfCheetah's return and is not trained further; only its return-to-g
     monotone          RTG(v), ours: a curve through the velocities that all those candidates realised
     training_reward   what the RTG falls by: v_t + c_t, the kind of reward that the policy was trained on
 
-Writes transfer.json, .csv and .png beside the checkpoint: return, realised velocity and tracking error per target
-velocity (of every step, where the gait counts, and of an episode's mean velocity), and the return of standing still.
---video adds a GIF.
+Reads a policy.pt; writes transfer.json, .csv and .png beside it: return, realised velocity and tracking error per
+target velocity (of every step, where the gait counts, and of an episode's mean velocity), and the return of standing
+still. --video adds a GIF.
 """
 
-import ctypes
-import difflib
+import csv
 import importlib.util
 import io
 import json
 import math
 import os
 import re
+import signal
 import sys
+import types
+import typing
 import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # while modules load
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"error: interrupted\n"), os._exit(130)))
 
 import gymnasium
 import numpy as np
@@ -41,39 +46,101 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Args:
-    # name of the task, as in stage 2 (default: the checkpoint's, or halfcheetah-mini without --checkpoint)
     env: str | None = None
-    # a policy.pt or policy_best.pt (default: policy.pt of the run that --env, --seed and --exp-name name)
+    """name of the task, as in stage 2 (default: the checkpoint's, or halfcheetah-mini without --checkpoint)"""
     checkpoint: str = ""
-    # further HalfCheetah checkpoints, each calibrated by itself, in the same table and plot
+    """a policy.pt (default: the one of the run that --env, --seed and --exp-name name)"""
     compare: tuple[str, ...] = ()
-    seed: int = 1  # seed of the run to transfer, and of the episodes
-    runs_dir: str = "runs"  # folder of all runs
-    # name of the experiment to transfer; the run folder is <runs-dir>/<env>__<exp-name>__<seed>
+    """further HalfCheetah checkpoints, each calibrated by itself, in the same table and plot"""
+    seed: int = 1
+    """seed of the run to transfer, and of the episodes"""
+    runs_dir: str = "runs"
+    """folder of all runs"""
     exp_name: str = "train_qalign_dt"
-    # where the policy runs; auto takes CUDA if there is one. The simulator uses all CPU cores
+    """name of the experiment to transfer; the run folder is <runs-dir>/<env>__<exp-name>__<seed>"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    # arithmetic of the transformer's blocks; auto: bf16 where the hardware has it
+    """where the policy runs; auto takes CUDA if there is one. The simulator uses all CPU cores"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    # target velocities, m/s: the benchmark's five held-out tasks, all its 40 from 0.075 to 3, or a list
+    """arithmetic of the transformer's blocks; auto: bf16 where the hardware has it"""
     velocities: Literal["held-out", "grid"] | tuple[float, ...] = "held-out"
-    # Table E.15: 1,000 steps, calibrated at 1 and 12 m/s; velocities 1, 2, ..., 12 unless a list is given
+    """target velocities, m/s: the benchmark's five held-out tasks, all its 40 from 0.075 to 3, or a list"""
     extended: bool = False
-    rollouts: int = 30  # episodes per target velocity, none of them used for the calibration
-    # RTG(v): the paper's line, our curve, or both, from the same candidates (video: the first)
+    """Table E.15: 1,000 steps, calibrated at 1 and 12 m/s; velocities 1, 2, ..., 12 unless a list is given"""
+    rollouts: int = 30
+    """episodes per target velocity, none of them used for the calibration"""
     calibration: tuple[Literal["two-point", "monotone"], ...] = ("two-point",)
-    # candidate RTGs at each end, evenly spaced; several are Table C.6 (plot and video: the first)
+    """RTG(v): the paper's line, our curve, or both, from the same candidates (video: the first)"""
     budgets: tuple[int, ...] = (40,)
-    calibration_width: float = 2000.0  # the candidates' interval is 1000 v -+ this, raw return
-    calibration_rollouts: int = 5  # episodes per candidate
-    # also render up to 10 s of an episode for each of these target velocities, side by side (needs OpenGL)
+    """candidate RTGs at each end, evenly spaced; several are Table C.6 (plot and video: the first)"""
+    calibration_width: float = 2000.0
+    """the candidates' interval is 1000 v -+ this, raw return"""
+    calibration_rollouts: int = 5
+    """episodes per candidate"""
     video: tuple[float, ...] = ()
+    """also render up to 10 s of an episode for each of these target velocities, side by side (needs OpenGL)"""
 
     def __post_init__(self):
         check_args(self, {"rollouts": 1, "budgets": 2, "calibration_width": 1, "calibration_rollouts": 1})
         if not (self.velocities and self.calibration and self.budgets):
             raise ValueError("--velocities, --calibration, --budgets: name at least one")
 
+
+# ======== shared: data ========
+
+
+@dataclass(frozen=True)
+class Task:
+    """What dataset.pt, and with it every policy.pt, says of the environment. Returns are raw unless noted."""
+
+    name: str  # --env
+    env_id: str  # Gymnasium's, or a maze of data/qalign_mazes.py
+    env_kwargs: dict
+    body: str  # hopper, halfcheetah, walker2d, ant, antmaze, maze2d; "" for other environments
+    quality: str  # medium, mini, umaze, ...
+    tag: str  # v2: D4RL's names; mini; minari; anything else: your own data
+    obs_dim: int
+    act_dim: int
+    horizon: int  # steps after which a rollout is cut
+    ref_min: float  # reference returns, of a random and of an expert policy; 0 and 100: the score is the return
+    ref_max: float
+    rtg_scale: float  # a normalised return-to-go is the raw one divided by it
+    rtg_range: tuple[float, float]  # normalised: the release's for D4RL data, else the data's own
+    targets: tuple[float, ...]  # high target returns to report a score at
+    sweep: tuple[float, ...]  # target returns of stage 3's sweep; (): the data's own returns
+    reward_shift: float  # AntMaze: the critic sees r - 1, as in IQL
+    label: str  # how plots, logs and JSON call the data
+    is_d4rl: bool
+    digest: str  # of the arrays
+    sources: list  # the files: name, size, time, sha256
+
+    def __post_init__(self):
+        numbers = (self.ref_min, self.ref_max, self.rtg_scale, self.reward_shift, *self.rtg_range, *self.targets)
+        sizes, texts = (self.obs_dim, self.act_dim, self.horizon), (self.name, self.env_id, self.label, self.digest)
+        if not all(map(math.isfinite, (*numbers, *self.sweep))) or not all(0 < n <= 10**6 for n in sizes):
+            raise ValueError("a number of the task is out of bounds")
+        if self.ref_min >= self.ref_max or self.rtg_scale <= 0 or not self.targets:
+            raise ValueError("the task's reference returns, scale or targets are impossible")
+        if not all(text.isprintable() and len(text) <= 400 for text in texts):
+            raise ValueError("a text of the task cannot be printed")
+
+    @property
+    def folder(self) -> str:
+        """What run folders start with."""
+        return self.name.replace("/", "--")
+
+    def score(self, returns):
+        """D4RL score: 0 for a random policy's return, 100 for an expert's."""
+        return 100 * (returns - self.ref_min) / (self.ref_max - self.ref_min)
+
+    @property
+    def score_name(self) -> str:
+        return "return" if (self.ref_min, self.ref_max) == (0, 100) else "score (0: random, 100: expert)"
+
+    def summary(self) -> dict:
+        return {"label": self.label, "is_d4rl": self.is_d4rl, "digest": self.digest}
+
+
+# ======== end of shared: data ========
 
 # ======== shared: policy ========
 
@@ -86,27 +153,33 @@ class Block(nn.Module):
         self.heads, self.dropout = heads, nn.Dropout(dropout)
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        # App. D.1: a convolution over the token axis, window 6, one each for q, k and v
         self.conv = nn.Conv2d(3 * width, 3 * width, (1, 6), groups=3) if conv else None
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
         )
 
-    def attend(self, x, keep, bias, last: int):  # (B, T, D), (B, T, 1), (B, 1, T, T) -> (B, last, D)
+    def causal_conv(self, qkv):  # (B, T, 3 D) -> (B, T, 3 D)
+        """App. D.1: every q, k and v token becomes a mixture of itself and its five predecessors.
+
+        (In two dimensions and padded first, the tensor is channels-last in memory: the fastest layout.)
+        """
+        return self.conv(F.pad(qkv, (0, 0, 5, 0)).transpose(1, 2).unsqueeze(2)).squeeze(2).transpose(1, 2)
+
+    def attend(self, x, keep, bias):  # (B, T, D), (B, T, 1), (B, 1, T, T) -> (B, T, D)
         # Padding must not leak: W_q, W_k, W_v have biases, so padded tokens are zeroed again before the convolution,
         # which then sees to the left of a short window the same zeros as it would without any padding.
         qkv = self.qkv(x) * keep
-        if self.conv:  # in two dimensions and padded first, it is channels-last in memory: the fastest layout
-            qkv = self.conv(F.pad(qkv, (0, 0, 5, 0)).transpose(1, 2).unsqueeze(2)).squeeze(2).transpose(1, 2)
+        if self.conv:
+            qkv = self.causal_conv(qkv)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in qkv.chunk(3, dim=-1))  # (B, H, T, D / H)
         # written out: with dropout and 60 tokens this is faster than scaled_dot_product_attention
-        logits = (q[:, :, -last:] * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        weights = torch.softmax(logits.float().add_(bias[..., -last:, :]), dim=-1)
+        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        weights = torch.softmax(logits.float().add_(bias), dim=-1)
         y = self.dropout(weights.to(logits.dtype)) @ v
         return self.dropout(self.out(y.transpose(1, 2).flatten(-2)))
 
-    def forward(self, x, keep, bias, last: int):
-        x = x[:, -last:] + self.attend(self.norm1(x), keep, bias, last)
+    def forward(self, x, keep, bias):
+        x = x + self.attend(self.norm1(x), keep, bias)
         return x + self.mlp(self.norm2(x))
 
 
@@ -118,11 +191,11 @@ class Policy(nn.Module):
     s_hat (B, K, obs_dim), both float32. The action at step t depends on no token after s_t, and on no padding.
     """
 
-    eval_context_len = 0  # act depends on the last so many steps; 0: on all
-
-    def __init__(self, obs_dim, act_dim, embed_dim, n_layer, n_head, max_timestep, conv=True, dropout=0.1, bf16=False):
+    def __init__(
+        self, obs_dim, act_dim, embed_dim, n_layer, n_head, max_timestep, conv=True, dropout=0.1, recent=0, bf16=False
+    ):
         super().__init__()
-        self.bf16, self.dropout = bf16, nn.Dropout(dropout)
+        self.recent, self.bf16, self.dropout = recent, bf16, nn.Dropout(dropout)
         self.embed_rtg, self.embed_obs, self.embed_act = (nn.Linear(n, embed_dim) for n in (1, obs_dim, act_dim))
         self.embed_time = nn.Embedding(max_timestep, embed_dim)
         self.norm_in, self.norm_out = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
@@ -135,16 +208,10 @@ class Policy(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, rtg, obs, act, timestep, valid):
-        x = self.hidden(rtg, obs, act, timestep, valid, last=3 * rtg.shape[1]).unflatten(1, (-1, 3))  # (B, K, 3, D)
+        x = self.hidden(rtg, obs, act, timestep, valid)
         return torch.tanh(self.action_head(x[:, :, 1])), self.state_head(x[:, :, 0])
 
-    def act(self, rtg, obs, act, timestep, valid):
-        """Only a_hat of the windows' last step (B, act_dim), for rollouts: the last block computes nothing else."""
-        recent = (x[:, -self.eval_context_len :] for x in (rtg, obs, act, timestep, valid))
-        s_t, _ = self.hidden(*recent, last=2).unbind(dim=1)
-        return torch.tanh(self.action_head(s_t))
-
-    def hidden(self, rtg, obs, act, timestep, valid, last: int):  # -> (B, last, D) float32, of the last tokens
+    def hidden(self, rtg, obs, act, timestep, valid):  # -> (B, K, 3, D) float32: of each step's rtg, state, action
         T, device = 3 * rtg.shape[1], rtg.device
         keep = valid.repeat_interleave(3, dim=1)  # (B, T)
         causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
@@ -156,17 +223,20 @@ class Policy(nn.Module):
         tokens = (self.embed_rtg(rtg[..., None]) + time, self.embed_obs(obs) + time, self.embed_act(act) + time)
         x = self.dropout(self.norm_in(torch.stack(tokens, dim=2).flatten(1, 2)))  # rtg_0, s_0, a_0, rtg_1, ...
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            for i, block in enumerate(self.blocks, 1):
-                x = block(x, keep[..., None], bias, last if i == len(self.blocks) else T)
-        return self.norm_out(x.float())
+            for block in self.blocks:
+                x = block(x, keep[..., None], bias)
+        return self.norm_out(x.float()).unflatten(1, (-1, 3))
+
+    def act(self, rtg, obs, act, timestep, valid):
+        """a_hat (B, act_dim) at the windows' last step, for rollouts: from the last `recent` steps (0: all of them)."""
+        windows = (x[:, -self.recent :].contiguous() for x in (rtg, obs, act, timestep, valid))
+        return torch.tanh(self.action_head(self.hidden(*windows)[:, -1, 1]))
 
 
-def make_policy(task: "Task", config: dict, bf16: bool) -> Policy:
+def make_policy(task: Task, config: dict, bf16: bool) -> Policy:
     """The policy that a checkpoint's configuration describes (randomly initialised from torch's global generator)."""
     sizes = (config[name] for name in ("embed_dim", "n_layer", "n_head", "max_timestep", "conv", "dropout"))
-    policy = Policy(task.obs_dim, task.act_dim, *sizes, bf16=bf16)
-    policy.eval_context_len = config.get("eval_context_len") or 0  # a baseline has none
-    return policy
+    return Policy(task.obs_dim, task.act_dim, *sizes, recent=config.get("eval_context_len", 0), bf16=bf16)
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:
@@ -181,7 +251,6 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 
 # ======== end of shared: policy ========
 
-
 # ======== shared: rollout ========
 
 
@@ -191,7 +260,7 @@ class Rollouts(NamedTuple):
     returns: np.ndarray  # (n,) raw
     lengths: np.ndarray  # (n,)
     rewards: np.ndarray  # (n, T)
-    velocities: np.ndarray  # (n, T) forward, m/s
+    velocities: np.ndarray  # (n, T) forward, m/s; NaN where no MuJoCo model says
     first_obs: torch.Tensor  # (n, obs_dim) standardised
     first_act: torch.Tensor  # (n, act_dim)
     qpos: np.ndarray | None  # (n, T, nq) MuJoCo's positions after each step, if asked for
@@ -199,7 +268,7 @@ class Rollouts(NamedTuple):
     @property
     def velocity(self) -> np.ndarray:
         """(n,) mean forward velocity, m/s."""
-        return np.nanmean(self.velocities, axis=1)
+        return np.nansum(self.velocities, axis=1) / np.where(np.isnan(self.velocities[:, 0]), np.nan, self.lengths)
 
 
 @torch.no_grad()
@@ -211,8 +280,8 @@ def rollout(trained, targets, seeds, horizon: int, what: str, reward_function=No
     act_dim)). A rollout that has ended leaves the batch.
     """
     policy, task, content = trained.policy, trained.task, trained.content
-    n, K, device = len(targets), content["config"]["context_len"], next(policy.parameters()).device
-    simulator, targets = Simulator(task.env_id, seeds), np.asarray(targets, dtype=np.float64)
+    n, K, device = len(targets), trained.context, next(policy.parameters()).device
+    simulator, targets = simulate(task, seeds), np.asarray(targets, dtype=np.float64)
     obs_mean, obs_std = content["obs_mean"].to(device), content["obs_std"].to(device)
     # histories start with K - 1 steps of padding, so that the context of step t is always [t, t + K)
     sizes = ((), obs_mean.shape, (task.act_dim,))
@@ -220,7 +289,8 @@ def rollout(trained, targets, seeds, horizon: int, what: str, reward_function=No
     timestep = torch.arange(1 - K, horizon, device=device)
     alive, returns, lengths = np.arange(n), np.zeros(n), np.zeros(n, dtype=np.int64)
     rewards, velocities = np.full((2, n, horizon), np.nan)
-    qpos = np.full((n, horizon, simulator.model.nq), np.nan) if keep_qpos else None
+    qpos = np.full((n, horizon, simulator.qpos.shape[1]), np.nan) if keep_qpos else None
+    last_time = content["config"]["max_timestep"] - 1
     observation = simulator.observe(alive)
     for t in (bar := tqdm(range(horizon), unit="step", desc=what, dynamic_ncols=True, disable=None)):
         rows, now, window = torch.as_tensor(alive, device=device), t + K - 1, slice(t, t + K)
@@ -228,10 +298,11 @@ def rollout(trained, targets, seeds, horizon: int, what: str, reward_function=No
         rtg_now = (targets[alive] - returns[alive]) / task.rtg_scale
         rtg[rows, now] = torch.as_tensor(rtg_now, dtype=torch.float32, device=device)
         times = timestep[window].expand(len(alive), K)
-        action = policy.act(rtg[rows, window], obs[rows, window], act[rows, window], times.clamp(min=0), times >= 0)
+        context = (rtg[rows, window], obs[rows, window], act[rows, window], times.clamp(0, last_time), times >= 0)
+        action = policy.act(*context)
         act[rows, now] = action
         action = action.cpu().numpy().astype(np.float64)
-        observation, reward, terminated, velocity = simulator.step(alive, action)
+        observation, reward, ended, velocity = simulator.step(alive, action)
         if reward_function is not None:
             reward = reward_function(velocity, action)
         returns[alive] += reward
@@ -239,7 +310,7 @@ def rollout(trained, targets, seeds, horizon: int, what: str, reward_function=No
         rewards[alive, t], velocities[alive, t] = reward, velocity
         if keep_qpos:
             qpos[alive, t] = simulator.qpos[alive]
-        alive, observation = alive[~terminated], observation[~terminated]
+        alive, observation = alive[~ended], observation[~ended]
         bar.set_postfix_str(f"{len(alive)} of {n} rollouts alive")
         if len(alive) == 0:
             break
@@ -360,80 +431,84 @@ def plot(records: list[dict], title: str):
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    device = pick_device(args.device)
-    name = args.env or ("" if args.checkpoint else "halfcheetah-mini")
-    run_folder = f"{parse_env(name).folder if name else ''}__{args.exp_name}__{args.seed}"
-    path = Path(args.checkpoint or Path(args.runs_dir) / run_folder / "policy.pt")
+    device, path = pick_device(args.device), policy_path(args, "halfcheetah-mini")
     policies = [load_policy(Path(p), args.precision, device) for p in (path, *args.compare)]
-    if name and name != policies[0].task.name:
-        fail(f"{path} was trained on --env {policies[0].task.name}, not {name}")
+    task = policies[0].task
+    if args.env and args.env != task.name:
+        fail(f"{path} was trained on --env {task.name}, not {args.env}")
     for one in policies:
-        if one.task.body != "halfcheetah":
-            fail(f"{one.path} is a policy of {one.task.body}; HalfCheetah-Vel needs one of halfcheetah")
+        if one.task.env_id not in ("HalfCheetah-v4", "HalfCheetah-v5") or one.task.env_kwargs:
+            fail(f"{one.path} is a policy of {one.task.env_id}; HalfCheetah-Vel needs one of HalfCheetah")
     if not os.access(path.parent, os.W_OK):
         fail(f"{path.parent}: cannot write there; copy the checkpoint to a folder of your own")
-    renderer = make_renderer(policies[0].task.env_id) if args.video else None
+    renderer = make_renderer(task) if args.video else None
 
     tasks, steps = (EXTENDED, EXTENDED_STEPS) if args.extended else (GRID, STEPS)
     named = {"held-out": EXTENDED if args.extended else HELD_OUT, "grid": tasks}
     velocities = np.array(named.get(args.velocities, args.velocities))
-    records = [
-        transfer(one, velocities, (tasks[0], tasks[-1]), steps, args) for one in policies
-    ]  # calibrated at the grid's ends
+    ends = tasks[0], tasks[-1]  # where RTG(v) is calibrated
+    records = [transfer(one, velocities, ends, steps, args) for one in policies]
     rows = []
     for record in records:
         for result in record["results"]:
             which = {k: record[k] for k in ("checkpoint", "seed")} | {k: result[k] for k in ("calibration", "budget")}
             rows += [which | row for row in result["velocities"]]
-            ends = ", ".join(f"RTG {end['best_rtg']:.0f} at {end['velocity']:g} m/s" for end in result["ends"])
-            print(f"\n{record['checkpoint']}: best of {result['budget']} candidates {ends}")
-            error = f"{result['tracking_error']:.2f} m/s per step, {result['velocity_error']:.2f} m/s per episode"
-            still = f"standing still {result['standing_still']:.1f}"
-            print(f"{result['calibration']}: mean return {result['return_mean']:.1f} ({still}), tracking error {error}")
-            columns = [k for k in result["velocities"][0] if not k.endswith("std")]
-            print("".join(f"{k:>15}" for k in columns))
-            for row in result["velocities"]:
-                print("".join(f"{row[k]:15.3f}" for k in columns))
+            print(table(record, result))
     setting = {"steps": steps, "rollouts": args.rollouts, "episode_seed": args.seed, "device": device.type}
     setting |= {"calibration_rollouts": args.calibration_rollouts, "calibration_width": args.calibration_width}
     result = setting | records[0] | ({"compare": records[1:]} if args.compare else {})
-    stem = path.parent / f"transfer{'_extended' * args.extended}{'_best' * (path.name == 'policy_best.pt')}"
-    title = f"HalfCheetah-Vel, {steps} steps, zero-shot; trained on {policies[0].content['data']['label']}"
-    write_results(stem, result, rows, plot(records, f"{title}\n{args.rollouts} rollouts per target velocity"))
+    stem = path.parent / f"transfer{'_extended' * args.extended}"
+    title = f"HalfCheetah-Vel, {steps} steps, zero-shot; trained on {plain(task.label)}"
+    title += f"\n{args.rollouts} rollouts per target velocity"
+    write_results(stem, result, rows, lambda: plot(records, title))
     print(f"\n{stem}.json, .csv, .png")
     if args.video:
         first = records[0]["results"][0]
         rtg = RTG_OF[first["calibration"]](args.video, *first["ends"])
-        captions = [f"target {v:g} m/s" for v in args.video]
-        seeds = [args.seed] * len(rtg)
+        captions, seeds = [f"target {v:g} m/s" for v in args.video], [args.seed] * len(rtg)
         gif = video(policies[0], rtg, captions, seeds, steps, renderer, reward_function=training_reward)
         write_file(stem.with_suffix(".gif"), gif)
         print(f"one episode per target velocity: {stem}.gif")
+
+
+def table(record: dict, result: dict) -> str:
+    """What the screen shows of one calibration of one checkpoint."""
+    ends = ", ".join(f"RTG {end['best_rtg']:.0f} at {end['velocity']:g} m/s" for end in result["ends"])
+    error = f"{result['tracking_error']:.2f} m/s per step, {result['velocity_error']:.2f} m/s per episode"
+    still = f"standing still {result['standing_still']:.1f}"
+    lines = [f"\n{record['checkpoint']}: best of {result['budget']} candidates {ends}"]
+    lines += [f"{result['calibration']}: mean return {result['return_mean']:.1f} ({still}), tracking error {error}"]
+    columns = [k for k in result["velocities"][0] if not k.endswith("std")]
+    lines += ["".join(f"{k:>15}" for k in columns)]
+    lines += ["".join(f"{row[k]:15.3f}" for k in columns) for row in result["velocities"]]
+    return "\n".join(lines)
 
 
 # ======== shared: results ========
 
 
 BASELINES = ("train_radt", "train_vdt", "tune_vdt", "train_qt", "train_rvdt")  # in baselines/, with policies as here
+OURS = ("lambda_e", "max_push", "action_noise", "dropout", "average", "eval_context_len", "alignment")
+OURS += ("conv", "state_loss")  # what result files say of a Q-Align DT
 
 
 class Trained(NamedTuple):
     """A policy.pt of stage 2 or of a baseline, ready to roll out."""
 
     path: Path
-    task: "Task"
-    policy: Policy
+    task: Task
+    policy: nn.Module
     content: dict  # everything that the file holds
+    context: int  # steps of a rollout's windows
 
     def identity(self) -> dict:
         """What result files say of a checkpoint."""
-        config, step = {"average": 0.0, "eval_context_len": 0} | self.content["config"], self.content["step"]
-        names = ("seed", "total_steps", "lambda_e", "max_push", "action_noise", "dropout", "average")
-        names += ("eval_context_len", "alignment", "conv", "state_loss")
-        names = {name: config[name] for name in names[: 2 if "method" in config else None]}
+        config, names = self.content["config"], ("seed", "total_steps")
+        if "method" not in config:
+            names += OURS
         method = config.get("method") or method_of(config["lambda_e"], config["conv"], config["state_loss"])
-        trained_on = {"env": self.task.name, "trained_on": self.content["data"]}
-        return {"checkpoint": str(self.path), "method": method, "step": step} | trained_on | names
+        about = {"checkpoint": str(self.path), "method": method, "step": self.content["step"], "env": self.task.name}
+        return about | {"trained_on": self.task.summary()} | {name: config[name] for name in names}
 
 
 def method_of(lambda_e: float, conv: bool, state_loss: bool) -> str:
@@ -444,28 +519,54 @@ def method_of(lambda_e: float, conv: bool, state_loss: bool) -> str:
 
 
 def label_of(record: dict) -> str:
-    best = ", best checkpoint" if Path(record["checkpoint"]).name == "policy_best.pt" else ""
     ours = ("max_push", "action_noise", "average") if record.get("lambda_e") else ("average",)
     ours = "".join(f", {name} {record[name]:g}" for name in ours if record.get(name))
-    return f"{record['method']}, seed {record['seed']}{ours}{best}"
+    return plain(f"{record['method']}, seed {record['seed']}{ours}")
 
 
+def policy_path(args, default: str) -> Path:
+    """The policy.pt that --checkpoint, or --env, --exp-name and --seed name; exits 2 and lists the runs there are."""
+    if args.checkpoint:
+        return Path(args.checkpoint)
+    env = (args.env or default).replace("/", "--")
+    path = Path(args.runs_dir) / f"{env}__{args.exp_name}__{args.seed}" / "policy.pt"
+    if not os.path.lexists(path):
+        there = ", ".join(sorted(p.parent.name for p in Path(args.runs_dir).glob("*/policy.pt"))) or "none"
+        fail(f"no policy at {path}; runs there: {there}")
+    return path
+
+
+@torch.no_grad()
 def load_policy(path: Path, precision: str, device: torch.device) -> Trained:
     """Read a checkpoint of stage 2 or of a baseline; exits 2 if it is anything else."""
     content = load_checkpoint(path, "train_qalign_dt", *BASELINES)
     make = make_policy if content["stage"] == "train_qalign_dt" else baseline(content["stage"]).make_policy
     try:
-        task, config = parse_env(content["env"]), content["config"]
+        task, config, returns = build(Task, content["task"]), content["config"], content["episode_returns"]
+        numbers = [x for x in config.values() if isinstance(x, int | float)]
+        if not all(math.isfinite(x) and abs(x) <= 1e9 for x in numbers) or not 0 < config["context_len"] <= 10_000:
+            raise ValueError("a number of its configuration is out of bounds")
         policy = make(task, config, use_bf16(precision, device))
+        check_same(content["policy"], policy.state_dict(), "policy")
         policy.load_state_dict(content["policy"])
-        found = Trained(path, task, policy.to(device).eval(), content)
-        # a KeyError now, not after a sweep
-        _ = found.identity(), content["data"]["label"], content["data"]["is_d4rl"], content["obs_mean"]
-        _ = content["obs_std"], config["context_len"], content["critic"] and (config["gamma"], config["critic_width"])
-        if not (len(content["episode_returns"]) and all(p.isfinite().all() for p in policy.parameters())):
-            raise ValueError("weights that are not finite")
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        fail(f"{path}: not a whole checkpoint ({one_line(error)}); train it again")
+        like = torch.zeros(task.obs_dim)
+        check_same([content["obs_mean"], content["obs_std"]][0], like, "obs_mean")
+        check_same(content["obs_std"], like, "obs_std")
+        check_same(returns, torch.zeros(len(returns), dtype=torch.float64), "episode_returns")
+        if content["obs_std"].min() <= 0 or not len(returns):
+            raise ValueError("its standardisation or returns are impossible")
+        if not fits([content["step"], config["total_steps"]], list[int]):
+            raise ValueError("its steps are no numbers")
+        found = Trained(path, task, policy.to(device).eval(), content, config["context_len"])
+        if not all(fits(x, str | int | float | bool) for k, x in found.identity().items() if k != "trained_on"):
+            raise ValueError("its configuration is not of plain values")
+        label_of(found.identity())
+        sizes = ((), (task.obs_dim,), (task.act_dim,))  # and it acts on a window
+        window = [torch.zeros(1, found.context, *size, device=device) for size in sizes]
+        policy.act(*window, window[0].long(), window[0] == 0)
+    except Exception as error:  # an edited file can break in any way
+        reason = f"no {error}" if isinstance(error, KeyError) else one_line(error)
+        fail(f"{path}: not a whole checkpoint ({reason}); train it again")
     if content["step"] < config["total_steps"]:
         print(f"note: {path} is at step {content['step']:,} of {config['total_steps']:,}")
     return found
@@ -476,10 +577,7 @@ def baseline(name: str):
     script = Path(__file__).resolve().parent / "baselines" / f"{name}.py"
     if not script.is_file():
         fail(f"{script} is missing; the policy's network is defined there")
-    spec = importlib.util.spec_from_file_location(name, script)
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(script)
 
 
 def new_figure(*shape, figsize, **options):
@@ -493,24 +591,34 @@ def new_figure(*shape, figsize, **options):
     return figure, axes
 
 
-def write_results(stem: Path, result: dict, rows: list[dict], figure) -> None:
-    """<stem>.json, .csv (of rows) and, if there is a figure, .png."""
-    lines = [",".join(f'"{x}"' if isinstance(x, str) else f"{x}" for x in row.values()) for row in rows]
-    write_file(stem.with_suffix(".csv"), "\n".join([",".join(rows[0]), *lines, ""]).encode())
-    if figure:
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=120)
-        write_file(stem.with_suffix(".png"), picture.getvalue())
+def plain(text: str) -> str:
+    """Text for a figure, where $ would begin mathematics."""
+    return text.replace("$", r"\$")
+
+
+def write_results(stem: Path, result: dict, rows: list[dict], figure=None) -> None:
+    """<stem>.json, .csv (of rows) and, if there is a function that draws it, .png: numbers before pictures."""
     write_file(stem.with_suffix(".json"), (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
+    table = csv.writer(sheet := io.StringIO(), lineterminator="\n")
+    table.writerows([rows[0], *(row.values() for row in rows)])
+    write_file(stem.with_suffix(".csv"), sheet.getvalue().encode(errors="surrogateescape"))
+    if figure:
+        figure().savefig(picture := io.BytesIO(), format="png", dpi=120)
+        write_file(stem.with_suffix(".png"), picture.getvalue())
 
 
-def make_renderer(env_id: str):
+def has_model(task: Task) -> bool:
+    """Whether the environment is one of MuJoCo's."""
+    return hasattr(make_env(task.env_id, task.env_kwargs).unwrapped, "model")
+
+
+def make_renderer(task: Task):
     """MuJoCo's offscreen renderer; exits 2 where no OpenGL works."""
     try:
         import mujoco
 
         with warnings.catch_warnings(action="ignore"):
-            return mujoco.Renderer(make_env(env_id).model, 200, 240)
+            return mujoco.Renderer(make_env(task.env_id, task.env_kwargs).unwrapped.model, 200, 240)
     except Exception as error:  # each OpenGL backend has kinds of its own
         fail(f"--video: MuJoCo finds no OpenGL here ({one_line(error):.80}); without a screen, set MUJOCO_GL=egl")
 
@@ -521,7 +629,8 @@ def video(trained: Trained, targets, captions, seeds, steps: int, renderer, **op
     from PIL import Image, ImageDraw
 
     result = rollout(trained, targets, seeds, steps, "video", keep_qpos=True, **options)
-    env = make_env(trained.task.env_id)
+    env = make_env(trained.task.env_id, trained.task.env_kwargs).unwrapped
+    camera = "above" if trained.task.body in ("antmaze", "maze2d") else "track"
     stride, steps = max(1, round(0.08 / env.dt)), min(int(result.lengths.max()), round(10 / env.dt))
     frames = []
     for t in range(0, steps, stride):
@@ -530,7 +639,7 @@ def video(trained: Trained, targets, captions, seeds, steps: int, renderer, **op
             now = min(t, int(result.lengths[i]) - 1)
             env.data.qpos[:], env.data.qvel[:] = result.qpos[i, now], 0
             mujoco.mj_forward(env.model, env.data)
-            renderer.update_scene(env.data, camera="above" if trained.task.body == "antmaze" else "track")
+            renderer.update_scene(env.data, camera=camera)
             panel = Image.fromarray(renderer.render())
             state = f"ended at step {now + 1}" if t > now else f"{result.velocities[i, now]:.1f} m/s"
             ImageDraw.Draw(panel).multiline_text((6, 4), f"{caption}\n{state}", fill=(255, 255, 255))
@@ -543,47 +652,80 @@ def video(trained: Trained, targets, captions, seeds, steps: int, renderer, **op
 
 # ======== end of shared: results ========
 
+
+def simulate(task: Task, seeds) -> "HalfCheetah":
+    return HalfCheetah(task.env_id, seeds)
+
+
+class HalfCheetah:
+    """n HalfCheetahs, advanced in lockstep by torch's threads.
+
+    Initial states are those of env.reset(seed); observations and rewards those of env.step. It never falls.
+    """
+
+    def __init__(self, env_id: str, seeds):
+        env = make_env(env_id).unwrapped
+        import mujoco
+        from mujoco.batch import Batch  # after make_env, which sees to a bad MUJOCO_GL
+
+        self.frame_skip, self.dt = env.frame_skip, env.dt
+        self.batch = Batch(env.model, len(seeds), nthread=torch.get_num_threads())
+        self.qpos, self.qvel, self.ctrl = map(self.batch.bind, ("qpos", "qvel", "ctrl"))
+        for i, seed in enumerate(seeds):
+            env.reset(seed=int(seed))
+            mujoco.mj_getState(env.model, env.data, self.batch.state[i], mujoco.mjtState.mjSTATE_INTEGRATION)
+
+    def observe(self, index) -> np.ndarray:
+        """(m, 17) float64: the observations of some of the simulations."""
+        return np.concatenate([self.qpos[index, 1:], self.qvel[index]], axis=1)
+
+    def step(self, index, actions):
+        """One env.step of the simulations `index` (m,), given actions (m, 6).
+
+        Returns observations (m, 17), rewards, which of them ended (none), and forward velocities in m/s, each (m,).
+        """
+        before = self.qpos[index, 0].copy()
+        self.ctrl[index] = actions
+        self.batch.step(index, nstep=self.frame_skip)
+        velocity = (self.qpos[index, 0] - before) / self.dt
+        reward = velocity - 0.1 * np.square(actions).sum(axis=1)
+        return self.observe(index), reward, np.zeros(len(index), bool), velocity
+
+
 # ======== shared: setup ========
 
-FORMAT = 5  # of the checkpoint files
-HORIZON = 1000  # steps after which Gymnasium and D4RL cut an episode (the small AntMaze: 700)
+FORMAT = 6  # of the checkpoint files
 
 
 def fail(message: str, code: int = 2):
     """One line on stderr that says what is wrong, where, and what to do; then exit."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable(message, 2000)}", file=sys.stderr)
     sys.exit(code)
 
 
+def printable(text: str, length: int = 300) -> str:
+    """Text from outside (file names, labels) without line breaks and terminal escapes, cut to a length."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in f"{text:.{length}}")
+
+
 def one_line(error: BaseException) -> str:
-    return f"{' '.join(str(error).split()) or type(error).__name__:.300}"
+    return printable(" ".join(str(error).split()) or type(error).__name__)
 
 
 def run(main) -> None:
     """main(); Ctrl-C (exit 130), NaN and errors of the system (exit 1: disk, memory, ...) end in one line on stderr."""
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        if getattr(sys, name) is None:  # a closed stream: os.devnull, for child processes as well
-            os.dup2(os.open(os.devnull, os.O_RDWR), number)
-            os.set_inheritable(number, True)
-            setattr(sys, name, open(number, "w"))
-        getattr(sys, name).reconfigure(line_buffering=True, errors="replace")
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(line_buffering=True, errors="replace")
     try:
         main()
     except (KeyboardInterrupt, OSError, MemoryError, FloatingPointError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("memory|compiler", str(error)):  # torch lacks one of them
-            raise  # a bug
+        # torch has no class for a CPU without memory, or for a missing compiler; any other RuntimeError is a bug
+        if isinstance(error, RuntimeError) and not re.search("memory|compiler", str(error)):
+            raise
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error)
         fail("; ".join([reason, *getattr(error, "__notes__", ())]), code=130 if reason == "interrupted" else 1)
-
-
-def check_args(args, lowest: dict) -> None:
-    """ValueError, which tyro reports, for a number outside lowest.get(name, 0) .. 1e9 or a bad --exp-name."""
-    if not re.fullmatch(r"\w[\w.-]*", args.exp_name, re.ASCII):
-        raise ValueError(f"--exp-name {args.exp_name!r}: letters, digits and . _ - only, a letter or digit first")
-    for name, value in vars(args).items():
-        for x in value if isinstance(value, tuple) else (value,):
-            if isinstance(x, int | float) and not lowest.get(name, 0) <= x <= 1e9:
-                raise ValueError(f"--{name.replace('_', '-')} {x}: must be between {lowest.get(name, 0):g} and 1e9")
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -601,209 +743,157 @@ def write_file(path: Path, content: bytes) -> None:
 
 def load_checkpoint(path: Path, *stages: str) -> dict:
     """Read a checkpoint of one of the stages onto the CPU, without unpickling; exits 2 on anything else."""
+    if path.exists() and not path.is_file():
+        fail(f"{path}: not a regular file")
     try:
         with open(path, "rb") as f, warnings.catch_warnings(action="ignore"):  # torch warns about foreign pickles
             if zipfile.ZipFile(f).testzip():  # torch itself does not verify the checksums
                 raise ValueError("damaged")
             content = torch.load(path, map_location="cpu", weights_only=True)
-            if content["stage"] not in stages or content["format"] != FORMAT:
-                found = f"of {content['stage']}.py in format {content['format']}"
-                fail(f"{path}: {found}, not of {stages[0]}.py in {FORMAT}")
-            return content
+        stage, version = content["stage"], content["format"]
+        if not (isinstance(stage, str) and type(version) is int):
+            raise TypeError("no stage's")
+        if stage not in stages or version != FORMAT:
+            fail(f"{path}: of {printable(stage, 40)}.py in format {version}, not of {stages[0]}.py in {FORMAT}")
+        size, seen, todo = path.stat().st_size, set(), [content]
+        while todo:  # every tensor, each once: none may claim to be larger than the file
+            x = todo.pop()
+            if isinstance(x, dict | list | tuple) and id(x) not in seen:
+                seen.add(id(x))
+                todo += x.values() if isinstance(x, dict) else x
+            elif torch.is_tensor(x) and (x.layout != torch.strided or x.numel() * x.element_size() > size):
+                raise ValueError("damaged")
+        return content
     except OSError as error:
         fail(f"{path}: {error.strerror or one_line(error)}")
     except Exception:  # zipfile and torch raise a dozen kinds for truncated, foreign and pickled files
         fail(f"{path}: damaged, or not a checkpoint of {stages[0]}.py")
 
 
+def load_module(script: Path):
+    """One of our own files, as a module."""
+    if script.stem not in sys.modules:
+        spec = importlib.util.spec_from_file_location(script.stem, script)
+        sys.modules[script.stem] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[script.stem]
+
+
 # ======== end of shared: setup ========
 
-# ======== shared: task ========
+# ======== shared: checks ========
 
 
-class Task(NamedTuple):
-    """What <body>-<quality>-<tag>, or Minari's .../<body>/<quality>-v0, stands for; returns are raw unless noted."""
-
-    name: str
-    body: str
-    quality: str
-    tag: str
-    env_id: str  # Gymnasium's environment, or an AntMaze
-    obs_dim: int
-    act_dim: int
-    ref_min: float  # D4RL's reference returns, of a random and of an expert policy
-    ref_max: float
-    rtg_scale: float
-    rtg_range: tuple[float, float]  # normalised; the release's, for D4RL data
-    high_targets: tuple[float, ...]  # the release's evaluation targets
-    critic_reward_shift: float = 0.0  # AntMaze: the critic sees r - 1, as in IQL
-
-    @property
-    def folder(self) -> str:
-        """What run folders start with."""
-        return self.name.replace("/", "--")
-
-    @property
-    def horizon(self) -> int:
-        """Steps after which an episode is cut."""
-        return 700 if self.env_id == "AntMaze-umaze" else HORIZON
-
-    def score(self, returns):
-        """D4RL score: 0 for a random policy's return, 100 for an expert's."""
-        return 100 * (returns - self.ref_min) / (self.ref_max - self.ref_min)
-
-    def targets(self, is_d4rl: bool, best: float) -> tuple[float, ...]:
-        """High target returns to report a score at, raw: the release's; for own data its best, and a fifth more."""
-        return self.high_targets if is_d4rl or self.body == "antmaze" else (best, best + 0.2 * abs(best))
-
-    @property
-    def score_name(self) -> str:
-        return "return" if self.tag == "minari" else "score (0: random, 100: expert)"
+def fits(x, hint) -> bool:
+    """Whether a value read from a file has a type of plain data: float takes int; NaN and infinity are no numbers."""
+    kind, args = typing.get_origin(hint), typing.get_args(hint)
+    if kind is Literal:
+        return any(type(x) is type(arg) and x == arg for arg in args)
+    if kind in (typing.Union, types.UnionType):
+        return any(fits(x, arg) for arg in args)
+    if kind is tuple:
+        every = args[:1] * len(x) if isinstance(x, tuple) and args[-1] is ... else args
+        return isinstance(x, tuple) and len(x) == len(every) and all(map(fits, x, every))
+    if kind is list:
+        return isinstance(x, list) and all(fits(y, args[0]) for y in x)
+    if kind is dict:
+        return isinstance(x, dict) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in x.items())
+    if hint is float:
+        return type(x) in (int, float) and math.isfinite(x)
+    return type(x) is hint
 
 
-BODIES = {
-    "hopper": ("Hopper-v4", 11, 3, -20.272305, 3234.3, 1000.0, (-1.0, 4.0), (1800.0, 3600.0, 4000.0)),
-    "halfcheetah": ("HalfCheetah-v4", 17, 6, -280.178953, 12135.0, 1000.0, (-1.0, 25.0), (12000.0, 24000.0)),
-    "walker2d": ("Walker2d-v4", 17, 6, 1.629008, 4592.3, 1000.0, (-1.0, 20.0), (5000.0, 6000.0, 10000.0)),
-    "ant": ("Ant-v4", 111, 8, -325.6, 3879.7, 1000.0, (-1.0, 10.0), (5000.0, 10000.0)),
-    "antmaze": ("AntMaze-", 29, 8, 0.0, 1.0, 1.0, (0.0, 1.0), (0.8, 0.9, 1.0, 100.0), -1.0),
-}
-# Minari's MuJoCo datasets are recorded in v5: the observations of v4, but for Ant's. Their scores here are raw returns.
-MINARI_ENVS = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5"}
-QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "expert")
-MAZES = ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")
+def build(cls, values: dict):
+    """A dataclass from a checkpoint's values; ValueError where a field is missing or of another type or range."""
+    hints = typing.get_type_hints(cls)
+    if not isinstance(values, dict) or set(values) != set(hints):
+        raise ValueError(f"{cls.__name__} needs {', '.join(hints)}")
+    if wrong := [name for name, hint in hints.items() if not fits(values[name], hint)]:
+        raise ValueError(f"{wrong[0]} is not of type {hints[wrong[0]]}")
+    return cls(**values)
 
 
-def parse_env(name: str) -> Task:
-    """The task of an --env name; exits 2 on an unknown one, naming the closest."""
-    if minari := re.fullmatch(r"(?:[\w.-]+/)*([a-z0-9]+)/([\w.-]+)-v\d+", name, re.ASCII):
-        body, quality = minari.groups()
-        if body not in MINARI_ENVS:
-            fail(f"--env {name}: of Minari, datasets named .../{'|'.join(MINARI_ENVS)}/... can be used")
-        task = Task(name, body, quality, "minari", *BODIES[body])  # no other name can have a slash
-        return task._replace(env_id=MINARI_ENVS[body], ref_min=0.0, ref_max=100.0)
-    body, _, rest = name.partition("-")
-    quality, _, tag = rest.rpartition("-") if rest != "mini" else ("mini", "", "mini")
-    names = [f"{b}-{q}-v2" for b in BODIES for q in (MAZES if b == "antmaze" else QUALITIES)]
-    known = name in names or tag != "v2" and f"{name}-v2" not in names and re.fullmatch(r"\w[\w.]*", tag, re.ASCII)
-    qualities = MAZES if body == "antmaze" else (*QUALITIES, "mixed", "mini")
-    if not known or body not in BODIES or quality not in qualities:
-        close = difflib.get_close_matches(name, [*names, "hopper-mini", "halfcheetah-mini"], n=3, cutoff=0.0)
-        fail(f"unknown --env {name!r}: did you mean {', '.join(close)}? (any tag but v2 stands for your own data)")
-    task = Task(name, body, quality, tag, *BODIES[body])
-    return task._replace(env_id="AntMaze-" + quality.partition("-")[0]) if body == "antmaze" else task
+def check_same(found, expected, name: str) -> None:
+    """ValueError unless a checkpoint's nested dicts and tensors have the keys, shapes and types of those we built."""
+    if isinstance(expected, dict):
+        if not isinstance(found, dict) or set(found) != set(expected):
+            raise ValueError(f"{name} has other entries")
+        for key in expected:
+            check_same(found[key], expected[key], f"{name}.{key}")
+    elif torch.is_tensor(expected):
+        if not torch.is_tensor(found) or (found.shape, found.dtype) != (expected.shape, expected.dtype):
+            raise ValueError(f"{name} has another shape or type")
+        if not found.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+    elif type(found) is not type(expected) or found != expected:
+        raise ValueError(f"{name} is another")
+
+
+def check_args(args, lowest: dict) -> None:
+    """ValueError, which tyro reports, for a number outside lowest.get(name, 0) .. 1e9 or a bad --exp-name."""
+    if not re.fullmatch(r"\w[\w.-]*", args.exp_name, re.ASCII):
+        raise ValueError(f"--exp-name {args.exp_name!r}: letters, digits and . _ - only, a letter or digit first")
+    for name, value in vars(args).items():
+        for x in value if isinstance(value, tuple) else (value,):
+            if isinstance(x, int | float) and not lowest.get(name, 0) <= x <= 1e9:
+                raise ValueError(f"--{name.replace('_', '-')} {x}: must be between {lowest.get(name, 0):g} and 1e9")
 
 
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one. Switches TF32 off: float32 is float32, for the critic above all."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) and mallopt(-3, 2**30):
-        mallopt(-1, 2**31 - 1)  # glibc: keep freed memory; given back, large tensors would fault it in at every step
     if name == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: torch finds no CUDA device here; use --device cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-# ======== end of shared: task ========
+# ======== end of shared: checks ========
 
 # ======== shared: environment ========
 
 
-def make_env(env_id: str):
-    """Gymnasium's environment without its time limit, its known warnings, and MuJoCo's MUJOCO_LOG.TXT about them."""
+def make_env(env_id: str, kwargs: dict | None = None):
+    """Gymnasium's environment without its time limit; observations a vector, actions in [-1, 1]. Exits 2 on any other.
+
+    env_id may come from a file, so it chooses among Gymnasium's own environments, gymnasium_robotics' and the mazes in
+    data/qalign_mazes.py, and no other code.
+    """
     if "mujoco" not in sys.modules:  # make_renderer imports it first: nothing will be rendered, so look for no OpenGL
         os.environ["MUJOCO_GL"] = "disable"
     import mujoco
 
     known = "'settotalmass' is deprecated"  # a remark on Gymnasium's half_cheetah.xml
     mujoco.set_mju_user_warning(lambda text: None if known in text else warnings.warn(f"MuJoCo: {text}", stacklevel=2))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is out of date. You should consider upgrading to version `v5`")
-        return gymnasium.make(env_id).unwrapped
+    try:
+        if env_id.startswith("qalign_mazes:"):
+            here = Path(__file__).resolve().parent
+            load_module(here / ("" if here.name == "data" else "data") / "qalign_mazes.py")  # registers them
+        elif ":" not in env_id and env_id not in gymnasium.registry:
+            import gymnasium_robotics
+
+            gymnasium.register_envs(gymnasium_robotics)
+        entry = gymnasium.spec(env_id.removeprefix("qalign_mazes:")).entry_point
+        if not f"{entry}".startswith(("gymnasium.envs.", "gymnasium_robotics.", "qalign_mazes:")):
+            raise ValueError("not one of Gymnasium's, gymnasium_robotics' or this project's")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is out of date. You should consider upgrading to version `v")
+            env = gymnasium.make(env_id, max_episode_steps=-1, disable_env_checker=True, **(kwargs or {}))
+        if isinstance(env.observation_space, gymnasium.spaces.Dict):
+            env = gymnasium.wrappers.FlattenObservation(env)
+        low, high = env.action_space.low, env.action_space.high
+        if len(env.observation_space.shape) != 1 or low.ndim != 1 or not np.isfinite([low, high]).all():
+            raise ValueError("observations must be numbers, and actions a bounded vector")
+        if (low != -1).any() or (high != 1).any():
+            env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+        return env
+    except (ImportError, FileNotFoundError) as error:
+        fail(f"environment {env_id} needs {getattr(error, 'name', None) or error.filename}, which is missing here")
+    except Exception as error:  # an unknown name, other spaces, arguments that the environment does not take
+        fail(f"environment {env_id}: {one_line(error)}")
 
 
 # ======== end of shared: environment ========
-
-# ======== shared: simulator ========
-
-# v5 (Minari) differs from v4 in the model of Walker2d, and in that a fall earns no bonus of 1 for being healthy.
-BODY_IDS = {f"{body}-{v}": body.lower() for body in ("Hopper", "HalfCheetah", "Walker2d") for v in ("v4", "v5")}
-BODY_IDS["Ant-v4"] = "ant"
-
-
-class Simulator:
-    """n copies of an environment (of BODY_IDS, Gymnasium's; or an AntMaze), advanced in lockstep by torch's threads.
-
-    Initial states are those of env.reset(seed); observations, rewards and terminations those of env.step, without its
-    time limit. Ant's observation is padded with zeros to D4RL's 111 numbers.
-    """
-
-    def __init__(self, env_id: str, seeds):
-        self.env, self.body = make_env(env_id), BODY_IDS.get(env_id, "antmaze")
-        self.bonus_after_fall = env_id.endswith("v4")
-        from mujoco.batch import Batch  # after make_env, which sees to a bad MUJOCO_GL
-
-        self.model, self.frame_skip, self.dt = self.env.model, self.env.frame_skip, self.env.dt
-        self.batch = Batch(self.model, len(seeds), nthread=torch.get_num_threads())
-        self.qpos, self.qvel, self.ctrl, self.xpos = map(self.batch.bind, ("qpos", "qvel", "ctrl", "xpos"))
-        self.goals = np.zeros((len(seeds), 2))  # AntMaze's
-        self.reset(np.arange(len(seeds)), seeds)
-
-    def reset(self, index, seeds) -> None:
-        """Start some of the simulations anew, each with its seed."""
-        import mujoco
-
-        for i, seed in zip(index, seeds):
-            self.env.reset(seed=int(seed))
-            mujoco.mj_getState(self.model, self.env.data, self.batch.state[i], mujoco.mjtState.mjSTATE_INTEGRATION)
-            if self.body == "antmaze":
-                self.goals[i] = self.env.goal
-        if self.body == "ant":  # of which x_position needs the torso's frame
-            self.batch.forward(index, stage=mujoco.mjtStage.mjSTAGE_POS)
-
-    def observe(self, index) -> np.ndarray:
-        """(m, obs_dim) float64: the observations of some of the simulations."""
-        qpos, qvel = self.qpos[index], self.qvel[index]
-        if self.body == "ant":
-            return np.concatenate([qpos[:, 2:], qvel, np.zeros((len(qpos), 111 - 27))], axis=1)
-        if self.body == "antmaze":
-            return np.concatenate([qpos, qvel], axis=1)
-        return np.concatenate([qpos[:, 1:], qvel if self.body == "halfcheetah" else qvel.clip(-10, 10)], axis=1)
-
-    def x_position(self, index) -> np.ndarray:
-        """(m,) whose difference is the forward velocity; Gymnasium's Ant reads it before the last substep."""
-        return self.xpos[index, self.model.body("torso").id, 0] if self.body == "ant" else self.qpos[index, 0].copy()
-
-    def step(self, index, actions):
-        """One env.step of the simulations `index` (m,), given actions (m, act_dim).
-
-        Returns observations (m, obs_dim), rewards, terminated and forward velocities in m/s, each (m,).
-        """
-        before = self.x_position(index)
-        self.ctrl[index] = actions
-        self.batch.step(index, nstep=self.frame_skip)
-        velocity, effort = (self.x_position(index) - before) / self.dt, np.square(actions).sum(axis=1)
-        state = np.concatenate([self.qpos[index], self.qvel[index]], axis=1)
-        z, angle = state[:, 1], state[:, 2]
-        if self.body == "halfcheetah":
-            reward, healthy = velocity - 0.1 * effort, np.ones(len(state), bool)
-        elif self.body == "hopper":
-            healthy = (np.abs(state[:, 2:]) < 100).all(axis=1) & (z > 0.7) & (np.abs(angle) < 0.2)
-            reward = velocity + (healthy | self.bonus_after_fall) - 1e-3 * effort
-        elif self.body == "walker2d":
-            healthy = (z > 0.8) & (z < 2.0) & (np.abs(angle) < 1.0)
-            reward = velocity + (healthy | self.bonus_after_fall) - 1e-3 * effort
-        elif self.body == "antmaze":
-            reward = (np.linalg.norm(state[:, :2] - self.goals[index], axis=1) <= 0.5).astype(np.float64)
-            healthy = reward == 0
-        else:  # ant
-            reward = velocity + 1.0 - 0.5 * effort
-            healthy = np.isfinite(state).all(axis=1) & (state[:, 2] >= 0.2) & (state[:, 2] <= 1.0)
-        return self.observe(index), reward, ~healthy, velocity
-
-
-# ======== end of shared: simulator ========
 
 
 if __name__ == "__main__":

@@ -199,7 +199,8 @@ class Maze2D(gymnasium.Env):
 common = dict(disable_env_checker=True, order_enforce=False)
 for maze in ANT_MAPS:
     horizon = 700 if maze == "umaze" else 1000
-    gymnasium.register(f"AntMaze-{maze}-v0", AntMaze, max_episode_steps=horizon, kwargs=dict(maze=maze), **common)
+    kwargs = dict(maze=maze)
+    gymnasium.register(f"AntMaze-{maze}-v0", "qalign_mazes:AntMaze", max_episode_steps=horizon, kwargs=kwargs, **common)
 for name, row in MAZE2D.items():
     kwargs = dict(maze=row["maze"], dense=row["dense"])
-    gymnasium.register(name, Maze2D, max_episode_steps=row["horizon"], kwargs=kwargs, **common)
+    gymnasium.register(name, "qalign_mazes:Maze2D", max_episode_steps=row["horizon"], kwargs=kwargs, **common)

@@ -12,13 +12,15 @@ For the last step of random windows, in ten groups of equal size by timestep:
     gradient         mean norm of dQ/da, and the cosine between the two critics'
     disagree         |Q_1 - Q_2| at the recorded action, and at the answer to the highest RTG
 
-Writes diagnosis.json, .png and, for the first checkpoint, .csv beside it.
+Reads dataset.pt of the checkpoint's runs folder, as stage 2 did. Writes diagnosis.json, .png and, for the first
+checkpoint, .csv beside it.
 """
 
 import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -72,9 +74,9 @@ def measure(trained, critic, data, args: Args) -> list[dict]:
     task, policy = trained.task, trained.policy
     config = stage2.Config(**{k: v for k, v in trained.content["config"].items() if k in vars(stage2.Config())})
     generator = torch.Generator().manual_seed(args.seed)
-    batch = stage2.Windows(data, task, config.context_len, torch.device("cpu")).sample(args.windows, generator)
+    batch = stage2.Windows(data, config.context_len, torch.device("cpu")).sample(args.windows, generator)
     obs, act, span = batch.obs[:, -1], batch.act[:, -1], config.rtg_range[1] - config.rtg_range[0]
-    inputs = {"clean": (batch[:5], torch.zeros(args.windows, 1))}
+    inputs = {"clean": (batch.inputs, torch.zeros(args.windows, 1))}
     for name, shift in (("lowest", -2 * span), ("highest", 2 * span), ("lower", -0.05 * span), ("higher", 0.05 * span)):
         inputs[name] = stage2.shift_rtg(batch, shift, config.rtg_range)
     delta = config.sigma_e * torch.randn(args.windows, 1, generator=generator)
@@ -85,7 +87,7 @@ def measure(trained, critic, data, args: Args) -> list[dict]:
         q = {name: critic(obs, x) for name, x in a.items()} | {"data": critic(obs, act)}  # (2, B) each
         shifts = {name: shift.squeeze(1) for name, (_, shift) in inputs.items()}
     # the two forces on the actions, and the alignment loss, as in training: with dropout and noise
-    a_hat, a_delta = actions(policy, batch[:5], 1).detach(), actions(policy, inputs["delta"][0], 2).detach()
+    a_hat, a_delta = actions(policy, batch.inputs, 1).detach(), actions(policy, inputs["delta"][0], 2).detach()
     a_hat.requires_grad_(), a_delta.requires_grad_()
     error = (a["clean"] - act).square().mean().sqrt()  # over all windows, not a batch of them
     noise = config.action_noise * error * torch.randn((2, *act.shape), generator=generator)
@@ -157,16 +159,27 @@ def main() -> None:
             stage2.fail(f"{path}: trained without an alignment loss, so it has no critic to ask")
         if trained.task.body == "antmaze":
             stage2.fail(f"{path}: AntMaze's Q is divided by a number that the checkpoint does not hold")
-        data = stage2.read_dataset(trained.task, args.dataset_path)
-        if data.digest != trained.content["data"]["digest"]:
-            stage2.fail(f"{path}: trained on {trained.content['data']['label']}, not on {data.label}; --dataset-path?")
+        runs = path.absolute().parent.parent
+        of = SimpleNamespace(env=trained.task.name, dataset_path=args.dataset_path, runs_dir=str(runs))
+        data = stage2.load_data(of)
+        if data.task.digest != trained.task.digest:
+            label = data.task.label
+            stage2.fail(f"{path}: trained on {trained.task.label}, not on {label} of {runs}; --dataset-path?")
         rows = measure(trained, critic, data, args)
         results.append(trained.identity() | {"windows": args.windows, "groups": rows})
-        print(f"\n{path}: {stage3.label_of(results[-1])}, lambda_e {results[-1]['lambda_e']:g}; {data.label}")
+        print(f"\n{path}: {stage3.label_of(results[-1])}, lambda_e {results[-1]['lambda_e']:g}; {data.task.label}")
         print("  timesteps" + "".join(f"{title:>{width}}" for title, width, _, _ in COLUMNS))
         for row in rows:
             cells = (f"{row[name]:{width}{kind}}" for _, width, kind, name in COLUMNS)
             print("{:5} -{:4}".format(*row["timestep"]) + "".join(cells))
+    stem = args.checkpoints[0].parent / "diagnosis"
+    rows = [row | {"timestep": row["timestep"][0]} for row in results[0]["groups"]]
+    stage3.write_results(stem, {"results": results}, rows, lambda: plot(results))
+    print(f"\n{stem}.json, .csv, .png")
+
+
+def plot(results: list[dict]):
+    """PANELS against the timestep, a line for each checkpoint."""
     figure, axes = stage3.new_figure(2, 3, figsize=(12, 6))
     for panel, (name, label) in zip(np.ravel(axes), PANELS):
         for result in results:
@@ -176,11 +189,7 @@ def main() -> None:
             panel.plot(middle, values, marker="o", markersize=3, label=shown)
         panel.set(xlabel="timestep", ylabel=label)
     axes[0][0].legend(fontsize="x-small")
-    stem = args.checkpoints[0].parent / "diagnosis"
-    stage3.write_results(
-        stem, {"results": results}, [r | {"timestep": r["timestep"][0]} for r in results[0]["groups"]], figure
-    )
-    print(f"\n{stem}.json, .csv, .png")
+    return figure
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -180,7 +180,7 @@ class Args:
     train_flags: str = ""  # further flags of the training scripts for every run, in the same way
     rollouts: int = 10  # episodes per target return of the sweep (App. D.6: 30; fewer add noise to the alignment error)
     target_step: float = 100.0  # distance between two target returns of the sweep, raw
-    runs_dir: str = "runs"  # folder of all runs
+    runs_dir: str = "runs"  # folder of all runs; those of a --dataset-path lie in one of its own in it
     results_dir: str = str(Path(__file__).resolve().parent)  # folder of records, tables and figures
 
 
@@ -277,9 +277,9 @@ def write_file(path: Path, content: bytes) -> None:
 
 def check(runs: list[Run], args: Args) -> None:
     """Exits 2 on what would make every run fail, before anything is written."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "baselines")]
-    stage_1 = importlib.import_module("pretrain_q")  # and with it torch; tables need neither
-    if stage_1.parse_env(args.env).body == "antmaze":
+    sys.path[:0] = [str(ROOT), str(ROOT / "baselines"), str(ROOT / "data")]
+    stage_1, data = map(importlib.import_module, ("pretrain_q", "prepare"))  # and with them torch; tables need neither
+    if data.parse_env(args.env)["body"] == "antmaze":
         fail(f"--env {args.env}: AntMaze's returns are 0 and 1: there is no RTG sweep to study")
     for script, *flags in (command for run in runs for _, command in run.stages.values()):
         names = [flag.partition("=")[0].replace("_", "-") for flag in flags]
@@ -293,7 +293,7 @@ def check(runs: list[Run], args: Args) -> None:
             reason = re.split("-{9,}", said.getvalue())[1] if exit.code else "--help and the like cannot be passed on"
             fail(f"{script}: {' '.join(reason.split())}")
         stage_1.pick_device(parsed.device)
-    stage_1.read_dataset(stage_1.parse_env(args.env), args.dataset_path)  # downloads D4RL's only once
+    data.prepare(args.env, args.dataset_path, args.runs_dir)  # once, not by every run
 
 
 def perform(run: Run, environment: dict, busy: set[Path]):
@@ -509,6 +509,8 @@ def main() -> None:
         fail(f"unknown study {' '.join(args.studies) or '(none named)'}: choose of {', '.join(STUDIES)}")
     if args.workers < 1:
         fail(f"--workers {args.workers}: must be at least 1")
+    if args.dataset_path:
+        args = replace(args, runs_dir=str(Path(args.runs_dir, dataset_of(args))))
     for folder in (Path(args.runs_dir, "logs").absolute(), Path(args.results_dir, "records").absolute()):
         existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):

@@ -26,7 +26,9 @@ import torch
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+import prepare  # noqa: E402
+
 import evaluate_alignment as stage3  # noqa: E402
 import pretrain_q as stage1  # noqa: E402
 import train_qalign_dt as stage2  # noqa: E402
@@ -86,23 +88,19 @@ def ceiling(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / min(min(seconds(lambda: a @ b, device, 10)) for _ in range(3 if device.type == "cuda" else 1))
 
 
-def forward_flop(sizes: dict, windows: int, rollout: bool = False) -> float:
-    """Of the transformer's blocks, App. D.1: projections, convolution, attention, MLP; two for each multiplication.
-
-    In a rollout the last block only computes keys and values of all tokens.
-    """
+def forward_flop(sizes: dict, windows: int) -> float:
+    """Of the transformer's blocks, App. D.1: projections, convolution, attention, MLP; two for each multiplication."""
     D, T = sizes["embed_dim"], 3 * sizes["context_len"]
-    block, last = D * (30 * D + 2 * T), D * 15 * D
-    return 2 * windows * T * (block * (sizes["n_layer"] - rollout) + last * rollout)
+    return 2 * windows * T * D * (30 * D + 2 * T) * sizes["n_layer"]
 
 
-def training_step(data, task, device, sizes: dict, precision, compiled, graph, repeats) -> tuple[float, float]:
+def training_step(data, device, sizes: dict, precision, compiled, graph, repeats) -> tuple[float, float]:
     """Median seconds of one step of Algorithm 1 with its metrics, and the transformer's arithmetic in FLOP."""
     torch._dynamo.reset()  # an earlier variant's shapes must not make this one's symbolic
-    config = stage2.resolve(stage2.Args(precision=precision, compile=compiled, **sizes), task, data, device)
-    learner = stage2.CoTraining(task, stage2.Windows(data, task, config.context_len, device), config)
-    step = stage2.cuda_graph(learner.step, learner.generator).__next__ if graph else learner.step
-    sums = torch.zeros(len(learner.metrics), device=device)
+    config = stage2.resolve(stage2.Args(precision=precision, compile=compiled, **sizes), data, device)
+    learner = stage2.CoTraining(data.task, stage2.Windows(data, config.context_len, device), config)
+    step = stage2.cuda_graph(learner) if graph else learner.step
+    sums = torch.zeros(len(stage2.METRICS), device=device)
 
     def call():
         learner.set_learning_rates(0)
@@ -112,10 +110,10 @@ def training_step(data, task, device, sizes: dict, precision, compiled, graph, r
     return statistics.median(times), FORWARDS * forward_flop(vars(config), config.batch_size)
 
 
-def pretraining_step(data, task, device, repeats) -> tuple[float, float]:
+def pretraining_step(data, device, repeats) -> tuple[float, float]:
     """Median seconds of one step of stage 1's SARSA, width 256, and its arithmetic: one pass of Q', three of Q."""
-    args = stage1.resolve(stage1.Args(critic_width=256, warm_start_steps=0), task, device)
-    learner = stage1.Pretraining(task, stage1.Transitions(data, task, device, args.gamma), args)
+    args = stage1.resolve(stage1.Args(critic_width=256, warm_start_steps=0), data.task, device)
+    learner = stage1.Pretraining(data.task, stage1.Transitions(data, device, args.gamma), args)
     sums = torch.zeros(len(learner.metrics), device=device)
 
     def two_steps():  # of which one moves the target
@@ -127,7 +125,7 @@ def pretraining_step(data, task, device, repeats) -> tuple[float, float]:
 
 
 def make_policy(task, sizes: dict, precision: str, device):
-    config = sizes | dict(max_timestep=stage3.HORIZON, conv=True)
+    config = sizes | dict(max_timestep=stage2.MAX_TIMESTEP, conv=True, dropout=0.1)
     return stage3.make_policy(task, config, precision == "bf16").to(device).eval()
 
 
@@ -148,12 +146,14 @@ def sweep_step(task, device, precision, sizes: dict, repeats: int) -> dict:
 
 def whole_sweep(device, precision) -> float:
     """Seconds of 33 x 30 rollouts of HalfCheetah, which never falls, 1,000 steps each, by an untrained policy."""
-    task = stage3.parse_env("halfcheetah-medium-benchmark")
-    content = dict(config=PAPER, obs_mean=torch.zeros(task.obs_dim), obs_std=torch.ones(task.obs_dim))
+    with tempfile.TemporaryDirectory() as folder:
+        task = stage2.Dataset(prepare.prepare("halfcheetah-mini", (), folder)).task
+    content = dict(config=dict(max_timestep=stage2.MAX_TIMESTEP))
+    content |= dict(obs_mean=torch.zeros(task.obs_dim), obs_std=torch.ones(task.obs_dim))
     policy = make_policy(task, PAPER, precision, device)
-    trained = stage3.Trained(path=Path(), task=task, policy=policy, content=content)
+    trained = stage3.Trained(Path(), task, policy, content, PAPER["context_len"])
     targets, start = np.repeat(np.linspace(0, 1e4, TARGETS), ROLLOUTS), time.perf_counter()
-    stage3.rollout(trained, targets, range(len(targets)), stage3.HORIZON, "whole sweep")
+    stage3.rollout(trained, targets, range(len(targets)), task.horizon, "whole sweep")
     return time.perf_counter() - start
 
 
@@ -182,10 +182,11 @@ def start_up(device: torch.device, folder: str) -> dict:
 def memory(device: torch.device, folder: str) -> dict:
     """Bytes, with a file of 2,000,000 transitions.
 
-    Its arrays; what reading it and laying it out adds to the host's peak (Linux's VmHWM); on CUDA also the device's
-    peak in training steps at paper size.
+    Its arrays; what preparing it adds to the host's peak (Linux's VmHWM), and what reading dataset.pt and laying it out
+    adds in another process; on CUDA also the device's peak in training steps at paper size.
     """
     n, rng, path = 2_000_000, np.random.default_rng(0), Path(folder) / "two_million.hdf5"
+    env, runs = "hopper-medium-benchmark", str(Path(folder) / "runs")
     with h5py.File(path, "w") as f:
         for key, width in dict(observations=11, actions=3).items():
             f[key] = rng.uniform(-1, 1, (n, width)).astype(np.float32)
@@ -193,25 +194,27 @@ def memory(device: torch.device, folder: str) -> dict:
         f["terminals"], f["timeouts"] = np.zeros(n, bool), np.arange(n) % 1000 == 999
         size = sum(x.nbytes for x in (f[key][()] for key in f))
     program = (
-        "import re, sys, torch, train_qalign_dt as s;"
+        "import re, sys, torch, train_qalign_dt as s; sys.path.insert(0, 'data'); import prepare;"
         "peak = lambda: 1024 * int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]);"
-        "before = peak(); t = s.parse_env('hopper-medium-benchmark');"
-        "d = s.read_dataset(t, (sys.argv[1],)); w = s.Windows(d, t, 20, torch.device('cpu')); print(peak() - before)"
+        "env, runs, paths = sys.argv[1], sys.argv[2], tuple(sys.argv[3:]); before = peak();"
+        "content = prepare.prepare(env, paths, runs);"
+        "w = None if paths else s.Windows(s.Dataset(content), 20, torch.device('cpu'));"
+        "print(f'\\n{peak() - before}')"
     )
-    result = dict(arrays=size, host=int(child("-c", program, str(path))), cuda=None)
+    peaks = [int(child("-c", program, env, runs, *paths).split()[-1]) for paths in ([str(path)], [])]
+    result = dict(arrays=size, prepare=peaks[0], host=peaks[1], cuda=None)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        task = stage2.parse_env("hopper-medium-benchmark")
-        training_step(stage2.read_dataset(task, (str(path),)), task, device, PAPER, "bf16", True, True, 5)
+        training_step(stage2.Dataset(prepare.prepare(env, (), runs)), device, PAPER, "bf16", True, True, 5)
         result["cuda"] = torch.cuda.max_memory_reserved()
     return result
 
 
 def measure(args: Args, device: torch.device, say) -> dict:
     cuda, precision = device.type == "cuda", "bf16" if stage2.use_bf16("auto", device) else "fp32"
-    task = stage2.parse_env("hopper-mini")
-    data = stage2.read_dataset(task, ())
+    with tempfile.TemporaryDirectory() as folder:
+        data = stage2.Dataset(prepare.prepare("hopper-mini", (), folder))
     small = {name: size for name, size in stage2.SMALL.items() if name in PAPER}
     sizes_of = {"paper size": PAPER, "hopper-mini": small}
     result = hardware(device) | {"device": device.type, "full": args.full}
@@ -231,15 +234,15 @@ def measure(args: Args, device: torch.device, say) -> dict:
     for size, sizes in sizes_of.items():
         for name, *variant in variants:
             repeats = 100 if cuda else 20 if sizes is small else 5 if args.full else 2
-            time_, flop = training_step(data, task, device, sizes, *variant, repeats)
+            time_, flop = training_step(data, device, sizes, *variant, repeats)
             steps.append(dict(size=size, variant=name, ms=1e3 * time_, flop=flop, precision=variant[0]))
             say(f"training step, {size}, {name}: {1e3 * time_:.1f} ms")
-    time_, flop = pretraining_step(data, task, device, 2000 if cuda else 100)
+    time_, flop = pretraining_step(data, device, 2000 if cuda else 100)
     critics.append(dict(variant="eager", ms=1e3 * time_, flop=flop, precision="fp32"))
     say(f"critic pretraining, batch 512, width 256: {1e3 * time_:.2f} ms")
     for size, sizes in sizes_of.items():
-        times = sweep_step(task, device, precision, sizes, repeats=20 if cuda else 3)
-        flop = forward_flop(sizes, TARGETS * ROLLOUTS, rollout=True)
+        times = sweep_step(data.task, device, precision, sizes, repeats=20 if cuda else 3)
+        flop = forward_flop(sizes, TARGETS * ROLLOUTS)
         sweeps.append({"size": size, "flop": flop} | {f"{name}_ms": 1e3 * x for name, x in times.items()})
         say(f"sweep, {size}: policy {1e3 * times['policy']:.0f} ms, simulator {1e3 * times['simulator']:.0f} ms a step")
     with tempfile.TemporaryDirectory() as folder:
@@ -274,6 +277,7 @@ def table(result: dict) -> str:
     lines[-1] += f"a DT of one step {start['first_step']:.1f} s"
     arrays = f"the file's arrays ({peak['arrays'] / 1e6:.0f} MB)"
     lines.append(f"peak host memory: {peak['host'] / peak['arrays']:.2f} x {arrays}")
+    lines[-1] += f", and {peak['prepare'] / peak['arrays']:.2f} x in data/prepare.py"
     if peak["cuda"]:
         lines.append(f"peak device memory, 2,000,000 transitions, paper size: {peak['cuda'] / 2**30:.2f} GiB")
     if result["full"]:

@@ -5,6 +5,7 @@ import io
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -14,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny sizes: threads would only 
 import h5py
 import numpy as np
 import pytest
+import torch
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background, where children then ignore Ctrl-C, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -31,6 +33,37 @@ TINY2 = (
 def argv(data, runs, *extra) -> list[str]:
     """A command line for stage 1 or 2 on hopper_file; a flag given twice counts where it is last."""
     return [str(x) for x in ("--env", ENV, "--dataset-path", data, "--runs-dir", runs, *extra)]
+
+
+def data_of(env: str, *files):
+    """The data of an --env, through a runs folder of their own, as stage 2 holds them."""
+    import prepare
+    import train_qalign_dt as stage2
+
+    with tempfile.TemporaryDirectory() as runs:
+        return stage2.Dataset(prepare.prepare(env, tuple(map(str, files)), runs))
+
+
+def task_of(env: str):
+    """The task that an --env name alone stands for; digest, label and what the data decide are stand-ins."""
+    import prepare
+    import train_qalign_dt as stage2
+
+    known = prepare.parse_env(env)
+    known |= dict(rtg_range=(0.0, 4.0), targets=(1.0, 2.0), label="test", is_d4rl=False, digest="0", sources=[])
+    return stage2.Task(**{name: known[name] for name in stage2.Task.__dataclass_fields__})
+
+
+def by_hand(obs, act, rewards, terminals, ends, **task):
+    """A Dataset of NumPy arrays, standardised as data/prepare.py does; task: fields that differ from hopper-mini's."""
+    import train_qalign_dt as stage2
+
+    task = vars(task_of("hopper-mini")) | dict(obs_dim=obs.shape[1], act_dim=act.shape[1], label="by hand") | task
+    arrays = dict(observations=obs, actions=act, rewards=rewards, terminals=terminals, ends=ends)
+    tensors = {name: torch.as_tensor(x) for name, x in arrays.items()}
+    tensors |= dict(obs_mean=torch.as_tensor(obs.mean(axis=0, dtype=np.float64)).float())
+    tensors |= dict(obs_std=torch.as_tensor(obs.std(axis=0, dtype=np.float64) + 1e-6).float())
+    return stage2.Dataset(tensors | {"task": task})
 
 
 def tree(folder: Path) -> dict[Path, bytes]:
@@ -140,8 +173,6 @@ def pipeline(tmp_path_factory, hopper_file):
     for stage, (code, _, err) in outputs.items():
         assert code == 0, f"{stage}: {err}"
     folder = runs / f"{ENV}__train_qalign_dt__1"
-    files = dict(
-        folder=folder, policy=folder / "policy.pt", best=folder / "policy_best.pt", resume=folder / "resume.pt"
-    )
+    files = dict(folder=folder, policy=folder / "policy.pt", resume=folder / "resume.pt")
     files |= dict(critic=runs / f"{ENV}__pretrain_q__1" / "critic.pt", dt=runs / f"{ENV}__dt__1" / "policy.pt")
     return SimpleNamespace(runs=runs, outputs=outputs, **files)

@@ -9,12 +9,7 @@ STAGES = (
     "evaluate_alignment.py",
     "pretrain_q.py",
     "transfer_cheetah_vel.py",
-    "data/collect_dataset.py",
-    "baselines/train_radt.py",
-    "baselines/train_vdt.py",
-    "baselines/tune_vdt.py",
-    "baselines/train_qt.py",
-    "baselines/train_rvdt.py",
+    "data/prepare.py",
 )
 BLOCK = re.compile(r"^# =+ shared: (\w+) =+\n.*?^# =+ end of shared: \1 =+\n", re.M | re.S)
 

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import evaluate_alignment as stage3
@@ -106,6 +107,17 @@ def test_video_with_mujocos_renderer(policy_file):
 def test_video_of_an_impossible_target_is_refused(policy_file, run_main):
     code, _, err = run_main(stage3, "--checkpoint", policy_file, "--video", 100, "nan")
     assert code == 2 and "--video nan" in err
+
+
+@pytest.mark.parametrize("flags", [["--video", 1], ["--trajectories"]], ids=["video", "trajectories"])
+def test_without_a_mujoco_model_there_is_neither_video_nor_velocity(
+    flags, policy_file, run_main, tmp_path, monkeypatch
+):
+    content = torch.load(policy_file, weights_only=True)
+    torch.save(content | {"task": content["task"] | {"env_id": "Pendulum-v1"}}, tmp_path / "policy.pt")
+    monkeypatch.setattr(stage3, "rollout", None)  # would raise if it were called
+    code, out, err = run_main(stage3, "--checkpoint", tmp_path / "policy.pt", *flags)
+    assert (code, out) == (2, "") and err.count("\n") == 1 and "Pendulum-v1 has no MuJoCo model" in err
 
 
 def test_video_without_opengl_is_one_line_and_writes_nothing(policy_file, run_main, monkeypatch):

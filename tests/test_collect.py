@@ -14,10 +14,9 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call
+from conftest import ROOT, call, data_of
 
 import evaluate_alignment as stage3
-import pretrain_q as stage1
 
 SMALL = dict(START=48, EVAL_EVERY=96, LOG_EVERY=48, WIDTH=16, BATCH=16, EVAL_EPISODES=2, HORIZON=50, MINI_POOL=3)
 ALL = ("random", "medium-replay", "medium", "expert", "medium-expert", "mini")
@@ -200,7 +199,7 @@ def sac_and_replay():
 
 
 def nets_of(sac):
-    return {name: part for name, part in sac.parts.items() if isinstance(part, torch.nn.Module)}
+    return {name: part for name, part in sac.saved_state.items() if isinstance(part, torch.nn.Module)}
 
 
 def test_the_actors_density_is_that_of_a_squashed_gaussian():
@@ -236,7 +235,7 @@ def test_the_three_losses_by_hand_and_what_each_differentiates(monkeypatch):
         for net in nets_of(sac).values():
             net.zero_grad()
 
-    monkeypatch.setattr(stage0, "descend", descend)
+    monkeypatch.setattr(stage0, "update", descend)
     monkeypatch.setattr(stage0, "ema_update", lambda *_: None)
     sac.generator.manual_seed(5)
     values = sac.step(replay, num_envs=2)
@@ -269,7 +268,7 @@ def test_one_step_moves_every_part_by_its_own_rate():
     before = {name: [p.detach().clone() for p in net.parameters()] for name, net in nets_of(sac).items()}
     sac.step(replay, num_envs=2)
     for name, lr in {"actor": 3e-4, "critic": 1e-3, "alpha": 1e-3}.items():
-        moved = max((p - b).abs().max().item() for p, b in zip(sac.parts[name].parameters(), before[name]))
+        moved = max((p - b).abs().max().item() for p, b in zip(sac.saved_state[name].parameters(), before[name]))
         assert moved == pytest.approx(lr, rel=1e-2), name
     for p, target, b in zip(sac.critic.parameters(), sac.target_critic.parameters(), before["target_critic"]):
         torch.testing.assert_close(target, 0.995 * b + 0.005 * p, rtol=0, atol=1e-7)
@@ -434,7 +433,7 @@ def test_every_quality_is_written_and_the_other_stages_read_it_by_its_name(colle
         found = np.add.reduceat(data["rewards"], np.append(0, ends[:-1]))
         assert f"{path.name}: {N:,} transitions, {len(ends):,} episodes, mean return {found.mean():.0f}" in out
         assert " ".join(map(str, np.histogram(found, 10)[0])) in out
-        read_back = stage1.read_dataset(stage1.parse_env(name), (str(path),))
+        read_back = data_of(name, path)
         assert len(read_back.rewards) == N and (read_back.ends == ends).all()
     assert 200 <= rows["random"] < 400 and rows["mini"] <= 200
     assert rows["medium-expert"] == rows["medium"] + rows["expert"]
@@ -530,22 +529,23 @@ c.run(c.main)
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory):
-    """The run of `collected`, killed at step 168 (the script copied away alone), then interrupted, short and long."""
+    """The run of `collected`, killed at step 168 (the script copied away with stage 2), then interrupted, short and long."""
     folder = tmp_path_factory.mktemp("interrupted")
     (folder / "data").mkdir()
     script = shutil.copy(stage0.__file__, folder / "data")
+    shutil.copy(ROOT / "train_qalign_dt.py", folder)
     code = KILLED.format(folder=str(folder / "data"), constants=SMALL, signal=int(signal.SIGKILL))
     flags = ["--num-envs", "4", "--transitions", "200", "--qualities", "random", "--total-steps"]
     child = subprocess.run([sys.executable, "-c", code, *flags, "288"], cwd=folder, capture_output=True, text=True)
-    killed = child, resume_pt(folder)["counters"]["step"], list((folder / "data").glob("*.hdf5"))
+    killed = child, resume_pt(folder)["progress"]["step"], list((folder / "data").glob("*.hdf5"))
     with open(folder / RUN / "replay.bin", "ab") as f:
         f.write(b"rows that a killed process wrote after its last checkpoint, half of one")
     real = stage0.save_resume
 
-    def ctrl_c(folder, content, *rest):
-        if content["counters"]["step"] == 192:
+    def ctrl_c(*args):
+        if args[-1].step == 192:  # the progress
             raise KeyboardInterrupt
-        real(folder, content, *rest)
+        real(*args)
 
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (SMALL | {"__file__": script}).items():
@@ -568,7 +568,7 @@ def test_ctrl_c_loses_what_is_newer_than_the_checkpoint_and_says_so(interrupted)
     """Here an evaluation, which is made again, and listed once."""
     result, state, evaluations = interrupted.stopped
     one_line(result, 130, "interrupted", "resume.pt is the last good state", "the same command continues")
-    assert state["counters"]["step"] == 96 and evaluations.splitlines()[-1].startswith("192,")
+    assert state["progress"]["step"] == 96 and evaluations.splitlines()[-1].startswith("192,")
     assert interrupted.short[0] == 0 and "step 96 of 192" in interrupted.short[1]
 
 
@@ -606,7 +606,7 @@ def test_a_nan_stops_the_training_and_keeps_the_last_good_state(tmp_path, monkey
 
     monkeypatch.setattr(stage0.SAC, "step", step)
     one_line(collect(tmp_path, "random"), 1, "NaN", "resume.pt is the last good state")
-    assert resume_pt(tmp_path)["counters"]["step"] == 96 and len(calls) == 96  # seen at step 144, with the next row
+    assert resume_pt(tmp_path)["progress"]["step"] == 96 and len(calls) == 96  # seen at step 144, with the next row
     assert "nan" not in (tmp_path / RUN / "metrics.csv").read_text()
 
 
@@ -723,8 +723,8 @@ def test_the_minis_are_what_their_readme_says(body):
     assert (row[3].strip(), row[4].strip()) == (f"{len(data['rewards']):,}", str(len(ends)))
     assert row[5].strip() == f"{returns.min():,.0f} to {returns.max():,.0f}"
     assert f"| {body}-mini | {' | '.join(map(str, np.histogram(returns, 10)[0]))} |" in readme
-    read_back = stage1.read_dataset(stage1.parse_env(path.stem), ())
-    assert len(read_back.rewards) == len(data["rewards"]) == ends[-1] and not read_back.is_d4rl
+    read_back = data_of(path.stem)
+    assert len(read_back.rewards) == len(data["rewards"]) == ends[-1] and not read_back.task.is_d4rl
     assert (
         np.abs(data["actions"]).max() <= 1 and returns.max() - returns.min() > 3000
     )  # nothing was clipped by the reader

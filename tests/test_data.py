@@ -1,26 +1,23 @@
-"""The reader, the windows and the download, against plain loops, D4RL's own code and a local HTTP server."""
+"""Names, the reader and the windows, against plain loops and D4RL's own code. The rest of prepare: test_prepare.py."""
 
-import functools
-import http.server
 import importlib.util
-import os
 import sys
-import threading
 from types import SimpleNamespace
 
 import h5py
 import numpy as np
+import prepare
 import pytest
 import torch
-from conftest import TINY1, TINY2, argv, write_hdf5
+from conftest import TINY1, TINY2, argv, data_of, task_of, write_hdf5
 
 import pretrain_q as stage1
 import train_qalign_dt as stage2
 
-GYM = [f"{b}-{q}-v2" for b in ("hopper", "halfcheetah", "walker2d", "ant") for q in stage2.QUALITIES]
-MAZE = [f"antmaze-{m}-v2" for m in stage2.MAZES]
+GYM = [f"{b}-{q}-v2" for b in ("hopper", "halfcheetah", "walker2d", "ant") for q in prepare.QUALITIES]
+MAZE = [f"antmaze-{m}-v2" for m in prepare.MAZES]
 OWN = ["hopper-mini", "halfcheetah-mini", "hopper-mixed-zoo", "walker2d-medium-replay-local"]
-HOPPER = stage2.parse_env("hopper-medium-test")
+HOPPER = "hopper-medium-test"
 CPU = torch.device("cpu")
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
 
@@ -30,13 +27,13 @@ KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
 
 def test_known_names_have_scores_from_0_to_100():
     for name in GYM + MAZE + OWN:
-        task = stage2.parse_env(name)
+        task = task_of(name)
         assert name.startswith(task.body) and task.quality in name, name
         assert (task.score(task.ref_min), task.score(task.ref_max)) == pytest.approx((0, 100)), name
     # by hand, from D4RL's published reference returns: the score's formula itself
-    assert stage2.parse_env("hopper-medium-v2").score(1000.0) == pytest.approx(100 * 1020.272305 / 3254.572305)
-    assert stage2.parse_env("halfcheetah-medium-v2").score(0.0) == pytest.approx(100 * 280.178953 / 12415.178953)
-    assert stage2.parse_env("antmaze-umaze-v2").score(0.25) == pytest.approx(25)
+    assert task_of("hopper-medium-v2").score(1000.0) == pytest.approx(100 * 1020.272305 / 3254.572305)
+    assert task_of("halfcheetah-medium-v2").score(0.0) == pytest.approx(100 * 280.178953 / 12415.178953)
+    assert task_of("antmaze-umaze-v2").score(0.25) == pytest.approx(25)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +44,7 @@ def test_known_names_have_scores_from_0_to_100():
         ("", "-v2"),
         ("hopper-medium-expert", "hopper-medium-expert-v2"),
         ("hopper-mixed-v2", "hopper-medium-v2"),
-        ("hopper-medium-../x", "hopper-medium-v2"),
+        ("hopper-medium-../x", "mujoco/hopper/expert-v0"),  # a slash: Minari's
         ("hopper-medium-\u00e9", "hopper-medium-v2"),
         ("hopper-umaze-mine", "-v2"),
         ("antmaze-medium-mine", "antmaze-medium-play-v2"),
@@ -55,7 +52,7 @@ def test_known_names_have_scores_from_0_to_100():
 )
 def test_unknown_names_name_the_closest(name, close, capsys):
     with pytest.raises(SystemExit) as exit:
-        stage2.parse_env(name)
+        prepare.parse_env(name)
     error = capsys.readouterr().err
     assert exit.value.code == 2 and close in error and error.count("\n") == 1
 
@@ -64,7 +61,7 @@ def test_unknown_names_name_the_closest(name, close, capsys):
 
 
 def test_reader_keeps_rows_and_boundaries(hopper_file, hopper_arrays):
-    data = stage2.read_dataset(HOPPER, (str(hopper_file),))
+    data = data_of(HOPPER, hopper_file)
     observations, actions, rewards, terminals, timeouts = hopper_arrays
     for ours, theirs in zip((data.observations, data.actions, data.rewards, data.terminals), hopper_arrays):
         np.testing.assert_array_equal(ours, theirs)
@@ -73,26 +70,26 @@ def test_reader_keeps_rows_and_boundaries(hopper_file, hopper_arrays):
     np.testing.assert_allclose(data.returns, returns)
     np.testing.assert_allclose(data.obs_mean, observations.mean(axis=0), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(data.obs_std, observations.std(axis=0) + 1e-6, rtol=1e-4)
-    assert not data.is_d4rl and "hopper_tiny.hdf5" in data.label and "v2" not in data.label
+    assert not data.task.is_d4rl and "hopper_tiny.hdf5" in data.task.label and "v2" not in data.task.label
 
 
 def test_incomplete_episodes_at_the_end_are_dropped_per_file_and_files_are_joined(tmp_path, hopper_arrays, hopper_file):
     cut = [x[:-2] for x in hopper_arrays]  # the last episode now has neither flag
     file = write_hdf5(tmp_path / "cut.hdf5", *cut)
-    one = stage2.read_dataset(HOPPER, (str(file),))
+    one = data_of(HOPPER, file)
     assert one.ends[-1] == np.flatnonzero(cut[3] | cut[4])[-1] + 1 < len(cut[0])
-    two = stage2.read_dataset(HOPPER, (str(file), str(hopper_file)))
+    two = data_of(HOPPER, file, hopper_file)
     n = len(one.rewards)
     assert two.ends[len(one.ends) - 1] == n and len(two.rewards) == n + len(hopper_arrays[0])
     np.testing.assert_array_equal(two.observations[n:], hopper_arrays[0])
-    assert two.digest != one.digest and "cut.hdf5 + hopper_tiny.hdf5" in two.label
+    assert two.task.digest != one.task.digest and "cut.hdf5 + hopper_tiny.hdf5" in two.task.label
 
 
 def test_reward_columns_and_clipped_actions(tmp_path, hopper_arrays, capsys):
     observations, actions, rewards, terminals, timeouts = (x.copy() for x in hopper_arrays)
     actions[:7, 1] = 1.5
     file = write_hdf5(tmp_path / "x.hdf5", observations, actions, rewards[:, None], terminals[:, None], timeouts)
-    data = stage2.read_dataset(HOPPER, (str(file),))
+    data = data_of(HOPPER, file)
     assert data.rewards.shape == (len(rewards),) and np.abs(data.actions).max() == 1
     np.testing.assert_array_equal(data.rewards, rewards)
     assert "clipped 7 actions" in capsys.readouterr().err
@@ -100,7 +97,7 @@ def test_reward_columns_and_clipped_actions(tmp_path, hopper_arrays, capsys):
 
 def test_digest_is_of_the_content(tmp_path, hopper_arrays):
     def digest(name, arrays):
-        return stage2.read_dataset(HOPPER, (str(write_hdf5(tmp_path / name, *arrays)),)).digest
+        return data_of(HOPPER, write_hdf5(tmp_path / name, *arrays)).task.digest
 
     first = digest("a.hdf5", hopper_arrays)
     assert first == digest("b.hdf5", hopper_arrays)
@@ -111,14 +108,14 @@ def test_digest_is_of_the_content(tmp_path, hopper_arrays):
 
 
 def test_ant_with_contact_forces_is_refused(tmp_path, capsys):
-    task, n = stage2.parse_env("ant-medium-test"), 10
+    n = 10
     observations = np.zeros((n, 111), np.float32)
     flags = np.arange(n) == n - 1
     arrays = [observations, np.zeros((n, 8), np.float32), np.zeros(n, np.float32), flags, ~flags & False]
-    assert len(stage2.read_dataset(task, (str(write_hdf5(tmp_path / "a.hdf5", *arrays)),)).rewards) == n
+    assert len(data_of("ant-medium-test", write_hdf5(tmp_path / "a.hdf5", *arrays)).rewards) == n
     observations[3, 50] = 0.1
     with pytest.raises(SystemExit):
-        stage2.read_dataset(task, (str(write_hdf5(tmp_path / "b.hdf5", *arrays)),))
+        data_of("ant-medium-test", write_hdf5(tmp_path / "b.hdf5", *arrays))
     assert "contact forces" in capsys.readouterr().err
 
 
@@ -211,16 +208,16 @@ def foreign_file(tmp_path, arrays, kind):
     "kind, says",
     [
         ("missing", "No such file"),
-        ("folder", "directory"),
-        ("link to itself", "symbolic links"),
+        ("folder", "not a regular file"),
+        ("link to itself", "No such file"),
         ("not HDF5", "signature not found"),
         ("truncated", "truncated"),
         ("half", "truncated"),
         ("no key", "'rewards'"),
         ("group", "'rewards'"),
         ("HDF5 link loop", "many links"),
-        ("external link loop", ""),
-        ("dangling link", "'rewards'"),
+        ("external link loop", "'rewards' lies in another file"),
+        ("dangling link", "'rewards' lies in another file"),
         ("virtual", "'rewards'"),
         ("external", "external raw data"),
         ("complex", "'rewards'"),
@@ -255,8 +252,8 @@ def test_impossible_data_is_one_line(kind, says, tmp_path, run_main, hopper_arra
 
 
 def test_windows_equal_a_plain_loop(hopper_file):
-    data, K = stage2.read_dataset(HOPPER, (str(hopper_file),)), 6
-    windows = stage2.Windows(data, HOPPER, K, CPU)
+    data, K = data_of(HOPPER, hopper_file), 6
+    windows = stage2.Windows(data, K, CPU)
     starts = torch.randint(len(data.rewards), (200,), generator=torch.Generator().manual_seed(3))
     batch = windows.sample(200, torch.Generator().manual_seed(3))
     lengths = set()
@@ -280,9 +277,8 @@ def test_windows_equal_a_plain_loop(hopper_file):
 
 
 def test_antmaze_critic_sees_rewards_minus_one_and_the_policy_raw_returns(antmaze_file):
-    task = stage2.parse_env("antmaze-umaze-test")
-    data = stage2.read_dataset(task, (str(antmaze_file),))
-    windows = stage2.Windows(data, task, 4, CPU)
+    data = data_of("antmaze-umaze-test", antmaze_file)
+    windows = stage2.Windows(data, 4, CPU)
     np.testing.assert_allclose(windows.reward, data.rewards - 1)
     assert set(windows.rtg.unique().tolist()) <= {0.0, 1.0} and data.returns.max() == 1
 
@@ -305,24 +301,26 @@ def d4rl():
 def test_urls_and_reference_scores_are_d4rls(d4rl, monkeypatch, tmp_path):
     asked = []
 
-    def refuse(url, *_):
+    def refuse(url, **_):
         asked.append(url)
         raise OSError("no network in this test")
 
-    monkeypatch.setattr(stage2.urllib.request, "urlretrieve", refuse)
+    monkeypatch.setattr(prepare.urllib.request, "urlopen", refuse)
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
-    for name in GYM + MAZE:
-        task = stage2.parse_env(name)
+    for name in GYM + MAZE + list(prepare.mazes().MAZE2D):
+        asked.clear()
+        task = task_of(name)
         with pytest.raises(SystemExit):
-            stage2.d4rl_file(task)
-        assert asked[-1] == d4rl.infos.DATASET_URLS[name]
+            prepare.prepare(name, (), tmp_path)
+        assert asked[0] == asked[1] == d4rl.infos.DATASET_URLS[name]
+        assert asked[2:] == [f"{prepare.MIRROR_URL}/{asked[0].rpartition('/')[2]}"]
         assert (task.ref_min, task.ref_max) == (d4rl.infos.REF_MIN_SCORE[name], d4rl.infos.REF_MAX_SCORE[name])
 
 
 @pytest.mark.oracle
 def test_transitions_and_episodes_are_d4rls(d4rl, hopper_file, hopper_arrays):
     raw = dict(zip(KEYS, hopper_arrays))
-    data = stage1.read_dataset(HOPPER, (str(hopper_file),))
+    data = data_of(HOPPER, hopper_file)
     episodes = list(d4rl.sequence_dataset(SimpleNamespace(_max_episode_steps=1000), raw))
     assert [len(e["rewards"]) for e in episodes] == data.lengths.tolist()
     for episode, a, b in zip(episodes, data.starts, data.ends):
@@ -330,63 +328,10 @@ def test_transitions_and_episodes_are_d4rls(d4rl, hopper_file, hopper_arrays):
         np.testing.assert_array_equal(episode["actions"], data.actions[a:b])
 
     theirs = d4rl.qlearning_dataset(SimpleNamespace(_max_episode_steps=1000), raw)
-    ours = stage1.Transitions(data, HOPPER, CPU, 0.99)
+    ours = stage1.Transitions(data, CPU, 0.99)
     rows = ours.usable[ours.usable < len(data.rewards) - 1]  # D4RL's loop never looks at the file's last row
     np.testing.assert_array_equal(theirs["observations"], data.observations[rows])
     np.testing.assert_array_equal(theirs["rewards"], ours.reward[rows])
     np.testing.assert_array_equal(theirs["terminals"], ours.terminal[rows])
     alive = ~theirs["terminals"]
     np.testing.assert_array_equal(theirs["next_observations"][alive], data.observations[rows + 1][alive])
-
-
-# ---- download ----
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """A local HTTP server instead of D4RL's: the file it serves, D4RL's cache folder, and the server's handler."""
-    root = tmp_path / "served"
-    (root / "gym_mujoco_v2").mkdir(parents=True)
-    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "cache"))
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        short = 0
-
-        def log_message(self, *args):
-            pass
-
-        def copyfile(self, source, out):
-            out.write(source.read()[: -self.short or None])
-
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=root))
-    threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
-    monkeypatch.setattr(stage2, "D4RL_URL", f"http://127.0.0.1:{httpd.server_port}")
-    yield root / "gym_mujoco_v2" / "hopper_medium-v2.hdf5", tmp_path / "cache", Handler
-    httpd.shutdown()
-    httpd.server_close()
-
-
-def test_download_then_cache(server, hopper_file, monkeypatch):
-    served, cache, _ = server
-    served.write_bytes(hopper_file.read_bytes())
-    task = stage2.parse_env("hopper-medium-v2")
-    data = stage2.read_dataset(task, ())
-    assert data.is_d4rl and data.label == "hopper-medium-v2 (D4RL)" and os.listdir(cache) == ["hopper_medium-v2.hdf5"]
-    monkeypatch.setattr(stage2, "D4RL_URL", "http://127.0.0.1:9")  # nothing listens there: the cache must be enough
-    assert stage2.read_dataset(task, ()).digest == data.digest
-
-
-@pytest.mark.parametrize("trouble", ["cut off", "not HDF5", "missing", "unreachable"])
-def test_a_failed_download_leaves_nothing_and_says_what_to_do(server, hopper_file, trouble, monkeypatch, capsys):
-    served, cache, handler = server
-    if trouble != "missing":
-        served.write_bytes(b"<html>moved</html>" if trouble == "not HDF5" else hopper_file.read_bytes())
-    if trouble == "cut off":
-        handler.short = 1000
-    if trouble == "unreachable":
-        monkeypatch.setattr(stage2, "D4RL_URL", "http://127.0.0.1:9")
-    with pytest.raises(SystemExit) as exit:
-        stage2.read_dataset(stage2.parse_env("hopper-medium-v2"), ())
-    (error,) = capsys.readouterr().err.splitlines()
-    assert exit.value.code == 2 and stage2.D4RL_URL in error and str(cache) in error and "--dataset-path" in error
-    assert not cache.exists() or os.listdir(cache) == []

@@ -10,18 +10,24 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, call
+import torch
+from conftest import ENV, ROOT, TINY1, TINY2, call
+from test_transfer import save_policy
 
-STAGES = ("data/collect_dataset", "pretrain_q", "train_qalign_dt", "evaluate_alignment", "transfer_cheetah_vel")
+STAGES = ("pretrain_q", "train_qalign_dt", "evaluate_alignment", "transfer_cheetah_vel")
 SCRIPTS = (
     *STAGES,
+    "data/prepare",
+    "data/collect_dataset",
+    "data/collect_maze2d",
+    "data/mix_returns",
     "baselines/train_radt",
     "baselines/train_vdt",
     "baselines/train_qt",
     "baselines/train_rvdt",
     "results/run_studies",
 )
-OPTIONAL = {"minari", "wandb"}  # imported only where the user asks for it
+OPTIONAL = {"minari", "wandb", "gymnasium_robotics"}  # imported only where the user asks for it
 
 
 def closure(requirements: str) -> set[str]:
@@ -69,14 +75,14 @@ sys.meta_path.insert(0, Blocker())
 sys.path[:0] = scripts
 for name in modules:  # every import statement of every script, also those inside functions
     importlib.import_module(name)
-import collect_dataset, evaluate_alignment, pretrain_q, run_studies, train_qalign_dt, transfer_cheetah_vel
+import collect_dataset, evaluate_alignment, numpy, pretrain_q, run_studies, train_qalign_dt, transfer_cheetah_vel
 for stage in (collect_dataset, train_qalign_dt):
     env = stage.make_env("Hopper-v4")
     env.reset(seed=1)
     env.step(env.action_space.sample())
-for stage, body in ((evaluate_alignment, "Ant-v4"), (transfer_cheetah_vel, "HalfCheetah-v4")):
-    simulator = stage.Simulator(body, [1, 2])
-    simulator.step([0, 1], [simulator.env.action_space.sample() for _ in range(2)])
+both = numpy.arange(2)
+evaluate_alignment.Simulator("Ant-v4", [1, 2]).step(both, numpy.zeros((2, 8)))
+transfer_cheetah_vel.HalfCheetah("HalfCheetah-v4", [1, 2]).step(both, numpy.zeros((2, 6)))
 print("all imported and stepped")
 """
 
@@ -96,7 +102,7 @@ def imports() -> list[str]:
 def import_and_step(requirements: str) -> subprocess.CompletedProcess:
     import json
 
-    folders = [str(ROOT), str(ROOT / "data"), str(ROOT / "results")]
+    folders = [str(ROOT), str(ROOT / "data"), str(ROOT / "results"), str(ROOT / "baselines")]
     text = json.dumps([blocked_modules(requirements), folders, imports()])
     return subprocess.run([sys.executable, "-c", PROGRAM], input=text, capture_output=True, text=True, timeout=300)
 
@@ -168,9 +174,7 @@ def subprocess_help(path, cwd=None):
     return result.returncode, result.stdout, result.stderr
 
 
-ALONE = [
-    pytest.param(s, marks=() if s in ("train_qalign_dt", "data/collect_dataset") else pytest.mark.slow) for s in STAGES
-]
+ALONE = [pytest.param(s, marks=() if s == "train_qalign_dt" else pytest.mark.slow) for s in STAGES]
 
 
 @pytest.mark.parametrize("script", ALONE)
@@ -182,3 +186,36 @@ def test_each_stage_is_one_file(script, tmp_path):
     code, out, err = subprocess_help(path, cwd=tmp_path / "elsewhere")
     assert (code, err) == (0, "") and "--seed" in out
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [Path(path)]
+
+
+def test_each_stage_runs_where_it_was_copied_to_with_the_checkpoints_that_it_reads(tmp_path, pipeline):
+    """One file and its .pt files, from another working directory, in a process of its own; the weights are the same."""
+    data, critic, run = Path(f"{ENV}__data", "dataset.pt"), Path(f"{ENV}__pretrain_q__1", "critic.pt"), f"{ENV}__%s__1"
+    policy, results = Path(run % "train_qalign_dt", "policy.pt"), {"alignment.json", "alignment.csv", "alignment.png"}
+    cheetah = save_policy(tmp_path / "policy.pt")
+    quick = "--rollouts 1 --calibration-rollouts 1 --budgets 2 --velocities 1".split()
+    stages = {
+        "pretrain_q": ({data: None}, ["--env", ENV, *TINY1], {"critic.pt", "report.json"}),
+        "train_qalign_dt": ({data: None, critic: None}, ["--env", ENV, *TINY2, "--eval-every", "15"], {"policy.pt"}),
+        "evaluate_alignment": ({policy: None}, ["--env", ENV, "--rollouts", "1"], results),
+        "transfer_cheetah_vel": ({policy: cheetah}, ["--checkpoint", Path("runs", policy), *quick], {"transfer.json"}),
+    }
+    processes = {}
+    for name, (files, flags, _) in stages.items():
+        for file, source in files.items():
+            path = tmp_path / name / "elsewhere" / "runs" / file
+            path.parent.mkdir(parents=True)
+            shutil.copy(source or pipeline.runs / file, path)
+        command = [sys.executable, shutil.copy(ROOT / f"{name}.py", tmp_path / name), *map(str, flags)]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        processes[name] = subprocess.Popen(command, cwd=tmp_path / name / "elsewhere", **pipes)
+    for name, process in processes.items():
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0 and "Traceback" not in err, (name, err)
+        folder = tmp_path / name / "elsewhere" / "runs" / (run % (name if name == "pretrain_q" else "train_qalign_dt"))
+        assert stages[name][2] <= {path.name for path in folder.iterdir()}, out
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == sorted(["elsewhere", f"{name}.py"])
+        for file, networks in ((critic, ["critic"]), (policy, ["policy", "critic"])):
+            if name == file.parent.name.split("__")[1]:
+                ours, theirs = (torch.load(runs / file, weights_only=True) for runs in (folder.parent, pipeline.runs))
+                assert all(torch.equal(ours[key][k], x) for key in networks for k, x in theirs[key].items())

@@ -2,25 +2,32 @@
 
 import contextlib
 import csv
+import fcntl
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import prepare
 import pytest
 import torch
-from conftest import ENV, ROOT, TINY1, TINY2, argv, tree, write_hdf5
+from conftest import ENV, ROOT, TINY1, TINY2, argv, data_of, task_of, tree, write_hdf5
 
 import evaluate_alignment as stage3
 import pretrain_q as stage1
 import train_qalign_dt as stage2
 
 CPU = torch.device("cpu")
+FOLDER2 = f"{ENV}__train_qalign_dt__1"
 
 
 def load(path: Path) -> dict:
@@ -33,7 +40,7 @@ def read_csv(path: Path) -> list[dict]:
 
 
 def step_of(resume: Path) -> int:
-    return load(resume)["counters"]["step"]
+    return load(resume)["progress"]["step"]
 
 
 def last_line(text: str) -> str:
@@ -51,9 +58,11 @@ def error_line(err: str) -> str:
 
 
 def test_three_stages_write_what_the_readme_lists(pipeline):
-    assert set(os.listdir(pipeline.runs)) == {f"{ENV}__{name}__1" for name in ("pretrain_q", "train_qalign_dt", "dt")}
+    names = {f"{ENV}__{name}__1" for name in ("pretrain_q", "train_qalign_dt", "dt")}
+    assert set(os.listdir(pipeline.runs)) == names | {f"{ENV}__data"}
+    assert set(os.listdir(pipeline.runs / f"{ENV}__data")) - {".lock"} == {"dataset.pt"}
     alignment = {"alignment.json", "alignment.csv", "alignment.png"}
-    files = {"policy.pt", "policy_best.pt", "resume.pt", "metrics.csv", "evaluations.csv", "tensorboard"} | alignment
+    files = {"policy.pt", "resume.pt", "metrics.csv", "evaluations.csv", "tensorboard"} | alignment
     assert set(os.listdir(pipeline.folder)) - {".lock"} == files
     critic_files = {"critic.pt", "resume.pt", "report.json", "metrics.csv", "tensorboard"}
     assert set(os.listdir(pipeline.critic.parent)) - {".lock"} == critic_files
@@ -84,7 +93,8 @@ def test_alignment_json_is_what_the_sweep_did(pipeline):
     assert result["best_score"] == max(row["score_mean"] for row in result["sweep"])
     high = [row["target_return"] for row in result["high_targets"]]
     assert high == pytest.approx([float(returns.max()) * x for x in (1.0, 1.2)])
-    assert result["trained_on"] == policy["data"] and "hopper_tiny.hdf5" in result["trained_on"]["label"]
+    trained_on = {name: policy["task"][name] for name in ("label", "is_d4rl", "digest")}
+    assert result["trained_on"] == trained_on and "hopper_tiny.hdf5" in trained_on["label"]
     assert -1 <= result["spearman_q_vs_return"] <= 1 and result["rollouts"] == 2 and result["env"] == ENV
     assert (result["method"], result["seed"], result["step"]) == ("Q-Align DT", 1, 30)
     rows = read_csv(pipeline.folder / "alignment.csv")
@@ -93,12 +103,12 @@ def test_alignment_json_is_what_the_sweep_did(pipeline):
 
 def test_q_is_ranked_against_plain_and_discounted_returns_of_the_sweep(pipeline, monkeypatch):
     trained = stage3.load_policy(pipeline.policy, "fp32", CPU)
-    trained.content["config"]["gamma"] = 0.5
+    trained.content["gamma"] = 0.5
     seen, real = [], stage3.rollout
     monkeypatch.setattr(stage3, "rollout", lambda *args, **kwargs: seen.append(real(*args, **kwargs)) or seen[0])
-    record, _ = stage3.sweep(trained, np.array([10.0, 50.0, 90.0]), (100.0,), 4, seed=1)
+    record, _ = stage3.sweep(trained, np.array([10.0, 50.0, 90.0]), 4, seed=1)
     rollouts, critic = seen[0], stage3.load_critic(trained)
-    q = critic(rollouts.first_obs, rollouts.first_act).amin(0).detach().numpy()[:12]  # not the high target's
+    q = critic(rollouts.first_obs, rollouts.first_act).amin(0).detach().numpy()[:12]  # not the high targets'
     pairs = zip(rollouts.rewards, rollouts.lengths)
     discounted = [sum(0.5**t * r for t, r in enumerate(rewards[:n])) for rewards, n in pairs]
 
@@ -110,53 +120,77 @@ def test_q_is_ranked_against_plain_and_discounted_returns_of_the_sweep(pipeline,
 
 
 def test_targets_go_in_steps_from_the_lowest_to_the_highest_return():
-    targets = stage3.target_returns(np.array([315.87, 1000.0, 3222.36]), 100.0)
+    task = task_of(ENV)
+    targets = stage3.target_returns(task, np.array([315.87, 1000.0, 3222.36]), 100.0)
     assert len(targets) == 30 and targets[0] == 315.87 and targets[-1] == pytest.approx(3215.87)  # D.6, hopper-medium
-    assert stage3.target_returns(np.array([0.0, 500.0]), 100.0).tolist() == np.linspace(0, 500, 12).tolist()
+    assert stage3.target_returns(task, np.array([0.0, 500.0]), 100.0).tolist() == np.linspace(0, 500, 12).tolist()
+    named = replace(task, sweep=(0.0, 20.0))  # a maze names its own
+    assert stage3.target_returns(named, np.array([0.0, 500.0]), 100.0).tolist() == [0, 20]
 
 
-def test_compare_and_the_best_checkpoint(pipeline, run_main, tmp_path):
-    best, dt = tmp_path / "policy_best.pt", pipeline.dt
-    shutil.copy(pipeline.best, best)
-    code, out, err = run_main(stage3, "--checkpoint", best, "--compare", dt, "--rollouts", 1, "--device", "cpu")
+def test_compare_writes_both_into_the_files_of_the_first(pipeline, run_main, tmp_path):
+    own, dt = tmp_path / "policy.pt", pipeline.dt
+    shutil.copy(pipeline.policy, own)
+    code, out, err = run_main(stage3, "--checkpoint", own, "--compare", dt, "--rollouts", 1, "--device", "cpu")
     assert code == 0, err
-    assert set(os.listdir(tmp_path)) == {"policy_best.pt", *(f"alignment_best.{x}" for x in ("json", "csv", "png"))}
-    result = json.loads((tmp_path / "alignment_best.json").read_text())
+    assert set(os.listdir(tmp_path)) == {"policy.pt", *(f"alignment.{x}" for x in ("json", "csv", "png"))}
+    result = json.loads((tmp_path / "alignment.json").read_text())
     (other,) = result["compare"]
     assert other["checkpoint"] == str(dt) and other["lambda_e"] == 0 and other["method"] == "DT"
     assert "spearman_q_vs_return" in result and other.get("spearman_q_vs_return") is None
     assert [r["target_return"] for r in other["sweep"]] == [r["target_return"] for r in result["sweep"]]
-    label = "Q-Align DT, seed 1, max_push 0.3, action_noise 0.3, average 0.002, best checkpoint"
+    label = "Q-Align DT, seed 1, max_push 0.3, action_noise 0.3, average 0.002"
     assert stage3.label_of(result) == label and stage3.label_of(other) == "DT, seed 1, average 0.002"
-    assert f"at step {load(best)['step']}" in out or load(best)["step"] == 30
+    rows = read_csv(tmp_path / "alignment.csv")
+    assert [row["checkpoint"] for row in rows] == [str(own)] * 14 + [str(dt)] * 14  # 12 targets, 2 high ones
+    assert "note:" not in out
+    torch.save(load(own) | {"step": 12}, own)
+    code, out, err = run_main(stage3, "--checkpoint", own, "--high-targets", "--rollouts", 1, "--device", "cpu")
+    assert code == 0 and f"note: {own} is at step 12 of 30\n" in out, err
 
 
 def test_context_is_what_the_policies_act_on(pipeline, run_main, tmp_path, monkeypatch):
+    """By the actions, to rounding: two cuts of a window may differ in it, and no rollout forgets such a difference."""
     own, seen, real = tmp_path / "policy.pt", [], stage3.Policy.act
-    shutil.copy(pipeline.policy, own)
-    K = load(own)["config"]["context_len"]
-    monkeypatch.setattr(stage3.Policy, "act", lambda self, *x: seen.append(x) or real(self, *x))
+    content = load(pipeline.policy)
+    K = content["config"]["context_len"]
+    for name, weight in content["policy"].items():  # a policy that reacts to its context
+        weight.copy_(0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))))
+    torch.save(content, own)
 
-    def rmse(*flags, file="alignment"):
+    def listen(self, *x):
+        action = real(self, *x)
+        if x[1].any():  # not the zeros of load_policy
+            seen.append((self, x, action))
+        return action
+
+    def ask(*flags, file="high_targets"):
+        """What the file says; how long the windows were; and of the last n steps alone, the largest other action."""
         seen.clear()
+        flags += ("--high-targets",) * file.startswith("high_targets")
         code, _, err = run_main(stage3, "--checkpoint", own, "--rollouts", 1, "--device", "cpu", *flags)
         assert code == 0, err
-        result = json.loads((tmp_path / f"{file}.json").read_text())
-        return result["context"], {len(x[0][0]) for x in seen}, result["alignment_rmse"]
+        lengths = {y.shape[1] for _, x, _ in seen for y in x}
+        errors = {}
+        for n in (2, K):
+            with torch.no_grad():
+                alone = [policy(*(y[:, -n:] for y in x))[0][:, -1] for policy, x, _ in seen]
+            errors[n] = max(float((y - action).abs().max()) for y, (_, _, action) in zip(alone, seen))
+        return json.loads((tmp_path / f"{file}.json").read_text())["context"], lengths, errors
 
-    whole, same = rmse(), rmse("--context", K, file=f"alignment_context_{K}")
-    assert whole == (None, {K}, same[2]) and same[:2] == (K, {K})
-    short = rmse("--context", 2, "--compare", pipeline.dt, file="alignment_context_2")
-    assert short[:2] == (2, {2}) and K > 2 and short[2] != whole[2]
-    assert {x.shape[1] for inputs in seen for x in inputs} == {2} and all(inputs[4][:, -1].all() for inputs in seen)
-    content = load(own)
+    monkeypatch.setattr(stage3.Policy, "act", listen)
+    for flags, file in (((), "high_targets"), (("--context", K), f"high_targets_context_{K}")):
+        context, lengths, errors = ask(*flags, file=file)
+        assert (context, lengths) == (K if flags else None, {K}) and errors[K] < 1e-5 and errors[2] > 1e-2
+    context, lengths, _ = ask("--context", 2, "--compare", pipeline.dt, file="alignment_context_2")
+    assert (context, lengths) == (2, {2}) and K > 2 and all(x[4][:, -1].all() for _, x, _ in seen)
     content["config"]["eval_context_len"] = 2  # what stage 2 said holds, unless --context does
     torch.save(content, own)
-    assert rmse()[2] == short[2] and rmse("--context", K, file=f"alignment_context_{K}") == same
-    assert json.loads((tmp_path / "alignment.json").read_text())["eval_context_len"] == 2
-    del content["config"]["eval_context_len"], content["config"]["average"]  # a policy of before they existed
-    torch.save(content, own)
-    assert rmse() == whole and json.loads((tmp_path / "alignment.json").read_text())["eval_context_len"] == 0
+    context, lengths, errors = ask()
+    assert (context, lengths) == (None, {K}) and errors[2] < 1e-5 and errors[K] > 1e-2
+    assert json.loads((tmp_path / "high_targets.json").read_text())["eval_context_len"] == 2
+    context, _, errors = ask("--context", K, file=f"high_targets_context_{K}")
+    assert context == K and errors[K] < 1e-5 and errors[2] > 1e-2
     code, _, err = run_main(stage3, "--checkpoint", own, "--context", K + 1)
     assert code == 2 and f"trained on windows of K = {K}" in error_line(err)
     code, _, err = run_main(stage3, "--checkpoint", own, "--context", 2, "--high-targets", "--inference", "best")
@@ -164,9 +198,9 @@ def test_context_is_what_the_policies_act_on(pipeline, run_main, tmp_path, monke
 
 
 def test_a_dt_starts_without_stage_1(tmp_path, run_main, hopper_file, monkeypatch):
-    monkeypatch.setattr(stage2, "stage_1", None)  # would raise if it were called
+    monkeypatch.setattr(stage2, "pretrained", None)  # would raise if it were called
     code, out, err = run_main(stage2, *argv(hopper_file, tmp_path, *TINY2, "--lambda-e", 0, "--total-steps", 2))
-    assert code == 0 and os.listdir(tmp_path) == [f"{ENV}__train_qalign_dt__1"], err
+    assert code == 0 and set(os.listdir(tmp_path)) == {f"{ENV}__data", f"{ENV}__train_qalign_dt__1"}, err
     assert "critic" not in out and "-inf" not in out  # neither a critic nor, without evaluations, a best score
 
 
@@ -201,19 +235,20 @@ def test_stage_2_trains_a_missing_critic_first(tmp_path, run_main, hopper_file, 
     assert code == 0 and "starting pretrain_q.py" in out, (err, outcome)
     critic = load(tmp_path / f"{ENV}__pretrain_q__3" / "critic.pt")["config"]
     assert (critic["seed"], critic["critic_width"], critic["device"]) == (3, 16, "cpu")
-    assert load(tmp_path / f"{ENV}__train_qalign_dt__3" / "policy.pt")["config"]["gamma"] == critic["gamma"] == 0.9
+    assert load(tmp_path / f"{ENV}__train_qalign_dt__3" / "policy.pt")["gamma"] == critic["gamma"] == 0.9
 
 
 def test_a_failing_stage_1_speaks_for_itself(tmp_path, run_main, hopper_file, monkeypatch):
-    """Its exit code becomes stage 2's, which adds nothing and has made nothing."""
+    """Its exit code becomes stage 2's, which adds nothing and has made nothing but the data."""
+    runs = tmp_path / "runs"
     for theirs, ours in ((2, 2), (1, 1), (130, 130), (-9, 137)):
         answer = subprocess.CompletedProcess([], theirs)
         monkeypatch.setattr(stage2.subprocess, "run", lambda command, answer=answer: answer)
-        code, _, err = run_main(stage2, *argv(hopper_file, tmp_path / "runs", *TINY2))
-        assert (code, err) == (ours, "") and not (tmp_path / "runs").exists()
+        code, _, err = run_main(stage2, *argv(hopper_file, runs, *TINY2))
+        assert (code, err) == (ours, "") and os.listdir(runs) == [f"{ENV}__data"]
     monkeypatch.setattr(stage2, "__file__", str(tmp_path / "train_qalign_dt.py"))
-    code, out, err = run_main(stage2, *argv(hopper_file, tmp_path / "runs", *TINY2))
-    assert code == 2 and "critic.pt" in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
+    code, out, err = run_main(stage2, *argv(hopper_file, runs, *TINY2))
+    assert code == 2 and "critic.pt" in err and err.count("\n") == 1 and os.listdir(runs) == [f"{ENV}__data"]
 
 
 @pytest.mark.slow
@@ -238,7 +273,8 @@ def test_quickstart_from_another_folder(tmp_path):
 @pytest.mark.parametrize("average", (0, 0.4))
 def test_three_steps_of_main_are_algorithm_1(average, run_main, hopper_file, tmp_path, monkeypatch):
     """Weights after three steps, against a loop written out from the equations: order, targets, clipping, schedules."""
-    monkeypatch.setattr(stage2, "MAX_GRAD_NORM", 0.05)  # low enough to act in every step
+    assert stage2.descend.__defaults__ == (stage2.MAX_GRAD_NORM,) == (15.0,)
+    monkeypatch.setattr(stage2.descend, "__defaults__", (0.05,))  # low enough to act in every step
     monkeypatch.setattr(stage2, "TAU", 0.1)
     assert run_main(stage1, *argv(hopper_file, tmp_path, *TINY1, "--gamma", 0.9))[0] == 0  # stage 2 takes it over
     papers = ["--sigma-e", 10, "--lambda-e", 0.3, "--delta-rtg", 1, "--max-push", 0, "--batch-size", B := 32]
@@ -248,17 +284,17 @@ def test_three_steps_of_main_are_algorithm_1(average, run_main, hopper_file, tmp
     monkeypatch.setattr(stage2, "evaluate", evaluate)
     assert run_main(stage2, *argv(hopper_file, tmp_path, *TINY2, "--total-steps", 3, *papers))[0] == 0
     got = load(tmp_path / f"{ENV}__train_qalign_dt__1" / "resume.pt")
-    config, task = got["config"], stage2.parse_env(ENV)
-    assert got["counters"]["gamma"] == 0.9 and [config[k] for k in ("sigma_e", "lambda_e", "delta_rtg")] == [10, 0.3, 1]
-    data = stage2.read_dataset(task, (str(hopper_file),))
+    config, data = got["config"], data_of(ENV, hopper_file)
+    assert got["progress"]["gamma"] == 0.9 and [config[k] for k in ("sigma_e", "lambda_e", "delta_rtg")] == [10, 0.3, 1]
 
     torch.manual_seed(1)
     generator = torch.Generator().manual_seed(1)
-    windows = stage2.Windows(data, task, 4, CPU)
-    policy, critic = stage2.make_policy(task, config, False), stage2.MLP(2, 11 + 3, 16)
+    windows = stage2.Windows(data, 4, CPU)
+    policy, critic = stage2.make_policy(data.task, config, False), stage2.Ensemble(2, 11 + 3, 16)
     dropout = torch.get_rng_state()  # the masks of the three steps come next
     critic.load_state_dict(load(tmp_path / f"{ENV}__pretrain_q__1" / "critic.pt")["critic"])
-    target_policy, target_critic = stage2.make_policy(task, config, False).eval(), stage2.MLP(2, 11 + 3, 16)
+    target_policy = stage2.make_policy(data.task, config, False).eval()
+    target_critic = stage2.Ensemble(2, 11 + 3, 16)
     target_policy.load_state_dict(policy.state_dict())
     target_critic.load_state_dict(critic.state_dict())
     torch.set_rng_state(dropout)
@@ -324,11 +360,13 @@ def test_three_steps_of_main_are_algorithm_1(average, run_main, hopper_file, tmp
 # ---- configuration ----
 
 
-def test_table_d8_and_the_papers_sizes_are_the_defaults(hopper_file):
-    data = stage2.read_dataset(stage2.parse_env(ENV), (str(hopper_file),))
+def test_table_d8_and_the_papers_sizes_are_the_defaults():
+    def task(env):
+        return replace(task_of("hopper-mixed-own"), name=env, tag="minari") if "/" in env else task_of(env)
 
     def config(env, **flags):
-        return stage2.resolve(stage2.Args(env=env, **flags), stage2.parse_env(env), data, CPU)
+        data = SimpleNamespace(task=task(env), lengths=np.array([5]))
+        return stage2.resolve(stage2.Args(env=env, **flags), data, CPU)
 
     def row(env):
         return tuple(getattr(config(env), name) for name in stage2.OTHER_DATA)
@@ -368,24 +406,21 @@ def test_table_d8_and_the_papers_sizes_are_the_defaults(hopper_file):
         assert row(name) == (1.0, 0.1, 0.5, 0.3, 0.3, 0.0, 0.002, 5), name
     assert config("hopper-mini").embed_dim == 64 and config("hopper-medium-own").embed_dim == 256
     assert config("hopper-medium-v2", delta_rtg=0.0).delta_rtg == 0  # given, though it is false
-    iql, sarsa = (
-        stage1.resolve(stage1.Args(env=e), stage1.parse_env(e), CPU) for e in ("antmaze-umaze-v2", "ant-medium-v2")
-    )
+    iql, sarsa = (stage1.resolve(stage1.Args(env=e), task_of(e), CPU) for e in ("antmaze-umaze-v2", "ant-medium-v2"))
     assert (iql.method, sarsa.method) == ("iql", "sarsa") and (sarsa.lr, sarsa.gamma) == (1e-4, 0.99)
     assert (sarsa.total_steps, sarsa.critic_width, sarsa.warm_start_steps, stage1.EXPECTILE) == (2_000_000, 256, 0, 0.8)
 
 
 def test_rtg_range_is_the_datas_own_unless_the_data_is_d4rls(pipeline, tmp_path, hopper_file, monkeypatch):
     low, high = load(pipeline.policy)["config"]["rtg_range"]
-    tokens = stage2.read_dataset(stage2.parse_env(ENV), (str(hopper_file),)).returns_to_go()
+    tokens = data_of(ENV, hopper_file).returns_to_go()
     assert (low * 1000, high * 1000) == pytest.approx((tokens.min(), tokens.max()))
     shutil.copy(hopper_file, tmp_path / "hopper_medium-v2.hdf5")
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
-    args = stage2.Args(env="hopper-medium-v2")
-    data = stage2.read_dataset(stage2.parse_env(args.env), ())
-    assert data.is_d4rl and stage2.resolve(args, stage2.parse_env(args.env), data, CPU).rtg_range == (-1.0, 4.0)
+    args, data = stage2.Args(env="hopper-medium-v2"), data_of("hopper-medium-v2")
+    assert data.task.is_d4rl and stage2.resolve(args, data, CPU).rtg_range == (-1.0, 4.0)
     args = stage2.Args(env="hopper-medium-v2", rtg_range=(-9.0, 9.0))
-    assert stage2.resolve(args, stage2.parse_env(args.env), data, CPU).rtg_range == (-9.0, 9.0)
+    assert stage2.resolve(args, data, CPU).rtg_range == (-9.0, 9.0)
 
 
 # ---- kill, resume, refuse ----
@@ -396,6 +431,16 @@ def start(stage, *flags) -> subprocess.Popen:
     program = f"import {stage.__name__} as stage; stage.LOG_EVERY = 10; stage.run(stage.main)"
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen([sys.executable, "-c", program, *map(str, flags)], cwd=ROOT, **pipes)
+
+
+def read_until(process: subprocess.Popen, text: str) -> list[str]:
+    """The lines that a process prints, up to the one with this text."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return lines
+    raise AssertionError((lines, process.stderr and process.stderr.read()))
 
 
 def wait_for(condition, process, seconds=120):
@@ -516,6 +561,7 @@ def test_ctrl_c_sent_to_stage_2_alone_ends_its_stage_1(tmp_path, hopper_file):
     stub = "import os, sys, time\nopen('pid', 'w').write(f'{os.getpid()} {sys.argv[1:]}')\ntime.sleep(300)\n"
     (tmp_path / "pretrain_q.py").write_text(stub)
     command = [sys.executable, tmp_path / "train_qalign_dt.py", *argv(hopper_file, "runs", *TINY2)]
+    prepare.prepare(ENV, (str(hopper_file),), tmp_path / "runs")  # which is not beside the copied stage
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("]"), process)
     pid, _, flags = (tmp_path / "pid").read_text().partition(" ")
@@ -528,13 +574,13 @@ def test_ctrl_c_sent_to_stage_2_alone_ends_its_stage_1(tmp_path, hopper_file):
             os.kill(int(pid), 0)
             time.sleep(0.05)
     assert process.returncode == 130 and err.count("\n") == 1 and "interrupted" in err, err
-    assert not (tmp_path / "runs").exists()
+    assert os.listdir(tmp_path / "runs") == [f"{ENV}__data"]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the child in /proc")
 def test_stage_1_survives_a_killed_stage_2_and_is_waited_for(tmp_path, hopper_file):
-    """SIGKILL reaches stage 2 alone; its stage 1 goes on, and until it has ended the same command says so."""
+    """SIGKILL reaches stage 2 alone; its stage 1 goes on, and the same command's own one waits until it has ended."""
     command = [sys.executable, ROOT / "train_qalign_dt.py", *argv(hopper_file, tmp_path, *TINY2)]
     stage_1 = f"{ENV}__pretrain_q__1"
 
@@ -551,17 +597,151 @@ def test_stage_1_survives_a_killed_stage_2_and_is_waited_for(tmp_path, hopper_fi
     process.kill()
     process.wait()
     (child,) = children()
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 2 and f"{stage_1}: another process is writing this run; wait for it" in again.stderr
-    os.kill(child, signal.SIGINT)  # it saves nothing of the last minutes, and frees its lock
-    wait_for(lambda: not children(), None)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    for line in process.stdout:  # of both: stage 1 has started again, and stage 2 waits for its end
-        if stage_1 in line and "training transitions" in line:
-            break
+    read_until(process, f"{stage_1}: waiting for another process")  # says the second stage 1
+    assert child in children() and len(children()) == 2
+    os.kill(child, signal.SIGINT)  # it saves nothing of the last minutes, and frees its lock
+    read_until(process, "training transitions")
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
     assert process.returncode == 130 and not children()
+
+
+# ---- two runs of one seed share stage 1's critic ----
+
+
+def test_a_run_waits_for_the_critic_that_another_one_trains(pipeline, run_main, hopper_file, tmp_path, monkeypatch):
+    """Then it uses it; of another width it is refused as ever."""
+    folder = tmp_path / f"{ENV}__pretrain_q__1"
+    folder.mkdir()
+
+    def in_this_process(command, **_):
+        held = open(folder / ".lock", "w")  # as the other run's stage 1 holds it
+        fcntl.flock(held, fcntl.LOCK_EX)
+
+        def end():
+            shutil.copy(pipeline.critic, folder)
+            held.close()
+
+        threading.Timer(0.3, end).start()
+        answers.append(run_main(stage1, *command[2:], "--total-steps", 30, "--batch-size", 32))
+        return subprocess.CompletedProcess(command, answers[0][0])
+
+    monkeypatch.setattr(stage2.subprocess, "run", in_this_process)
+    for width, name, expected in ((16, "b", 0), (17, "c", 2)):
+        answers = []
+        (folder / "critic.pt").unlink(missing_ok=True)
+        flags = [*TINY2, "--exp-name", name, "--critic-width", width, "--total-steps", 2]
+        code, out, err = run_main(stage2, *argv(hopper_file, tmp_path, *flags))
+        ((theirs, said, problem),) = answers
+        assert (code, theirs, err) == (expected, expected, ""), (err, problem)
+        assert said.count("\n") == 2 - (theirs == 2) and "waiting for another process that writes it (Ctrl-C" in said
+        assert "is finished; nothing to do" in said or "critic_width 16 there, 17 here" in error_line(problem)
+    assert load(tmp_path / f"{ENV}__b__1" / "policy.pt")["step"] == 2 and not (tmp_path / f"{ENV}__c__1").exists()
+
+
+def test_ctrl_c_ends_a_waiting_run_and_a_killed_holder_leaves_the_critic_to_the_next(tmp_path, hopper_file):
+    command = argv(hopper_file, tmp_path / "runs", *TINY1, "--total-steps", 10**6)
+    prepare.prepare(ENV, (str(hopper_file),), tmp_path / "runs")
+    texts, processes = [tmp_path / name for name in ("holder", "interrupted", "next")], []
+
+    def child(text):
+        with open(text, "w") as sys.stdout, open(text.with_suffix(".err"), "w") as sys.stderr:
+            sys.argv = ["pretrain_q.py", *command]
+            stage1.run(stage1.main)
+
+    def says(text, expected):
+        return lambda: text.exists() and expected in text.read_text()
+
+    try:
+        for text in texts:
+            processes.append(multiprocessing.get_context("fork").Process(target=child, args=(text,)))
+            processes[-1].start()
+            wait_for(says(text, "waiting for another process" if processes[1:] else "step 0\n"), None)
+        assert all(text.read_text().count("\n") == 1 and f"{ENV}__pretrain_q__1" in text.read_text() for text in texts)
+        os.kill(processes[1].pid, signal.SIGINT)
+        processes[1].join(30)
+        assert processes[1].exitcode == 130 and texts[1].with_suffix(".err").read_text() == "error: interrupted\n"
+        assert processes[0].is_alive() and processes[2].is_alive() and texts[2].read_text().count("\n") == 1
+        processes[0].kill()
+        wait_for(says(texts[2], "training transitions, sarsa, step 0\n"), None)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [False, True], ids=["both end", "a is killed"])
+def test_two_experiments_of_one_seed_started_together_share_stage_1(killed, tmp_path, hopper_file):
+    """Real processes; stage 1's paper size, 2,000,000 steps, is the only thing that differs."""
+    for name in ("train_qalign_dt.py", "pretrain_q.py"):
+        text = (ROOT / name).read_text()
+        assert name != "pretrain_q.py" or text.count("total_steps=2_000_000") == 1
+        (tmp_path / name).write_text(text.replace("total_steps=2_000_000", "total_steps=4_000"))
+    prepare.prepare(ENV, (str(hopper_file),), tmp_path / "runs")
+    command = [sys.executable, tmp_path / "train_qalign_dt.py", *argv(hopper_file, tmp_path / "runs", *TINY2)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    a = subprocess.Popen([*command, "--exp-name", "a"], **pipes)
+    wait_for((tmp_path / "runs" / f"{ENV}__pretrain_q__1" / "metrics.csv").exists, a)
+    b = subprocess.Popen([*command, "--exp-name", "b"], **pipes)
+    said = read_until(b, "waiting for another process")
+    if killed:
+        os.killpg(a.pid, signal.SIGKILL)
+    out = "".join(said) + b.communicate(timeout=120)[0]
+    a.communicate(timeout=120)
+    assert (a.returncode, b.returncode) == (-signal.SIGKILL if killed else 0, 0)
+    assert ("critic.pt is finished; nothing to do" in out) == (not killed) == ("training transitions" not in out)
+    policies = [tmp_path / "runs" / f"{ENV}__{name}__1" / "policy.pt" for name in "ab"]
+    assert [path.exists() for path in policies] == [not killed, True]
+    if not killed:
+        one, two = (load(path)["policy"] for path in policies)
+        assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+# ---- another machine ----
+
+
+def test_a_run_goes_on_in_the_arithmetic_it_began_with(pipeline, run_main, hopper_file, tmp_path, monkeypatch):
+    """bfloat16 begun where the hardware has it, continued where it has not; and the other way round."""
+    flags = [*TINY2, "--critic", pipeline.critic, "--total-steps", 12]
+    real, calls = stage2.CoTraining.step, []
+
+    def interrupted(self):
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return real(self)
+
+    def go(runs, precision, *more):
+        return run_main(stage2, *argv(hopper_file, tmp_path / runs, *flags, "--precision", precision, *more))
+
+    final = {}
+    for began, other in (("bf16", "fp32"), ("fp32", "bf16")):
+        assert go(f"{began} whole", began)[0] == 0
+        with monkeypatch.context() as patch:
+            calls.clear()
+            patch.setattr(stage2.CoTraining, "step", interrupted)
+            assert go(began, began, "--checkpoint-minutes", 0)[0] == 130
+        with monkeypatch.context() as patch:  # a machine whose `auto` is the other one
+            patch.setattr(stage2, "use_bf16", lambda x, _, other=other: (other if x == "auto" else x) == "bf16")
+            before = tree(tmp_path / began)
+            code, out, err = go(began, other)
+            assert code == 2 and f"bf16 {began == 'bf16'} there, {other == 'bf16'} here" in error_line(err)
+            assert tree(tmp_path / began) == before
+            shutil.copytree(tmp_path / began, tmp_path / f"{began} named")
+            for runs, precision in ((began, "auto"), (f"{began} named", began)):
+                code, out, err = go(runs, precision)
+                assert code == 0 and "step 7\n" in out, err
+                name = {"bf16": "bfloat16", "fp32": "float32"}[began]
+                assert (f"began with {name} blocks, and so it continues\n" in out) == (precision == "auto")
+                assert_same_run(*(tmp_path / x / FOLDER2 for x in (f"{began} whole", runs)), "policy.pt", ("policy",))
+            assert "is finished" in go(began, "auto")[1]
+        code, out, err = go(f"{began} named", "auto" if stage2.use_bf16("auto", CPU) == (began == "bf16") else began)
+        assert code == 0 and "is finished" in out and "continues" not in out  # where nothing differs, nothing is said
+        final[began] = load(tmp_path / began / FOLDER2 / "policy.pt")
+        assert final[began]["config"]["bf16"] == (began == "bf16")
+    assert not torch.equal(*(content["policy"]["blocks.0.qkv.weight"] for content in final.values()))
 
 
 def test_a_finished_run_says_so_and_changes_nothing(pipeline, run_main, hopper_file):
@@ -594,17 +774,28 @@ def test_another_configuration_in_the_same_folder_is_refused(pipeline, run_main,
 def test_other_data_in_the_same_folder_and_a_critic_of_other_data_are_refused(
     pipeline, run_main, tmp_path, hopper_arrays
 ):
+    """By the name of the file, by its content, and, where dataset.pt is made anew, by each checkpoint's own digest."""
     observations, actions, rewards, *flags = hopper_arrays
-    other = write_hdf5(tmp_path / "other.hdf5", observations, actions, rewards + 1, *flags)
+    (tmp_path / "same").mkdir()
+    files = [tmp_path / "other.hdf5", tmp_path / "same" / "hopper_tiny.hdf5"]
+    for file in files:
+        write_hdf5(file, observations, actions, rewards + 1, *flags)
+    names = "holds data of hopper_tiny.hdf5, not other.hdf5; choose another --runs-dir", "has changed since"
+    runs = [(stage1, TINY1), (stage2, [*TINY2, "--eval-every", 15]), (stage2, [*TINY2, "--exp-name", "new"])]
     before = tree(pipeline.runs)
-    for stage, sizes, says in (
-        (stage1, TINY1, "data"),
-        (stage2, [*TINY2, "--eval-every", 15, "--rtg-range", 0, 1], "of another run"),
-        (stage2, [*TINY2, "--exp-name", "new"], "critic of other data"),
-    ):
-        code, out, err = run_main(stage, *argv(other, pipeline.runs, *sizes))
-        assert (code, out) == (2, "") and says in err and err.count("\n") == 1, err
+    for file, says in zip(files, names):
+        for stage, sizes in runs:
+            code, out, err = run_main(stage, *argv(file, pipeline.runs, *sizes))
+            assert (code, out) == (2, "") and says in err and err.count("\n") == 1, err
     assert tree(pipeline.runs) == before
+    copy = shutil.copytree(pipeline.runs, tmp_path / "runs")
+    (copy / f"{ENV}__data" / "dataset.pt").unlink()
+    prepare.prepare(ENV, (str(files[0]),), copy)
+    before, changes = tree(copy), ["--rtg-range", 0, 1]  # which else differs first
+    for (stage, sizes), says in zip(runs, ("data", "of another run", "critic of other data (hopper data, not D4RL")):
+        code, out, err = run_main(stage, *argv(files[0], copy, *sizes, *(changes if stage is stage2 else ())))
+        assert (code, out) == (2, "") and says in err and err.count("\n") == 1, err
+    assert tree(copy) == before
 
 
 def test_a_run_resumes_without_stage_1s_critic(whole, run_main, hopper_file, tmp_path, monkeypatch):
@@ -613,8 +804,8 @@ def test_a_run_resumes_without_stage_1s_critic(whole, run_main, hopper_file, tmp
     folder = tmp_path / folders[stage2].name
     folder.mkdir()
     content = load(folders[stage2] / "resume.pt")
-    torch.save(content | {"counters": content["counters"] | {"step": 80}}, folder / "resume.pt")
-    monkeypatch.setattr(stage2, "stage_1", None)  # would raise if it were called
+    torch.save(content | {"progress": content["progress"] | {"step": 80}}, folder / "resume.pt")
+    monkeypatch.setattr(stage2, "pretrained", None)  # would raise if it were called
     flags = [x for x in flags[stage2] if x != "--critic" and "critic.pt" not in str(x)]
     code, out, err = run_main(stage2, *argv(hopper_file, tmp_path, *flags))
     assert code == 0 and "step 80\n" in out, err

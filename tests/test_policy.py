@@ -48,12 +48,12 @@ def test_causality(policy, changed, first):
 
 @pytest.mark.parametrize("n", [1, 2, 5, 0, K, K + 2])
 def test_acting_depends_on_the_last_steps_only_and_training_on_all(policy, n):
-    """eval_context_len (--eval-context-len), 0: the whole window; a DT trained on K steps has learnt every length."""
+    """`recent` (--eval-context-len), 0: the whole window; a policy trained on K steps has learnt every length."""
     inputs, recent = windows(), [x[:, -n:] for x in windows()]
     whole = policy.act(*inputs)
     forward = policy(*inputs)
     alone = policy.act(*recent)
-    policy.eval_context_len = n
+    policy.recent = n
     torch.testing.assert_close(policy.act(*inputs), alone)
     assert torch.equal(policy(*inputs)[0], forward[0]) and torch.equal(policy(*inputs)[1], forward[1])
     assert torch.allclose(alone, whole, atol=1e-4) == (n in (0, K, K + 2))
@@ -93,7 +93,7 @@ def test_the_convolution_is_causal_with_window_6_and_separate_for_q_k_v():
     block, seen = stage2.Block(8, heads=2, conv=True, dropout=0.0), []
     for layer in (block.qkv, block.conv):
         layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    block.attend(torch.randn(1, 20, 8), torch.ones(1, 20, 1), torch.zeros(1, 1, 20, 20), 20)
+    block.attend(torch.randn(1, 20, 8), torch.ones(1, 20, 1), torch.zeros(1, 1, 20, 20))
     before, after = seen[0], seen[1].squeeze(2)  # (1, T, 3D) and (1, 3D, T)
     assert after.shape == (1, 24, 20)
     for part in (slice(0, 8), slice(8, 16), slice(16, 24)):
@@ -105,7 +105,7 @@ def test_the_convolution_is_causal_with_window_6_and_separate_for_q_k_v():
 
 @pytest.mark.parametrize("conv", [True, False])
 def test_attention_is_torchs_own(conv):
-    """After the convolution as torch has it; the same if only the last tokens are queries."""
+    """After the convolution as torch has it."""
     block = stage2.Block(32, heads=4, conv=conv, dropout=0.1).eval()
     x = torch.randn(2, 9, 32)
     mask = torch.ones(9, 9, dtype=torch.bool).tril().expand(2, 1, 9, 9)
@@ -116,13 +116,11 @@ def test_attention_is_torchs_own(conv):
         qkv = F.conv1d(padded, block.conv.weight.squeeze(2), block.conv.bias, groups=3).transpose(1, 2)
     q, k, v = (y.view(2, 9, 4, 8).transpose(1, 2) for y in qkv.split(32, dim=-1))
     expected = block.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(2, 9, 32))
-    for last in (9, 2):
-        got = block.attend(x, torch.ones(2, 9, 1), bias, last)
-        torch.testing.assert_close(got, expected[:, 9 - last :], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(block.attend(x, torch.ones(2, 9, 1), bias), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_paper_size_has_8_1_million_parameters():
-    policy = stage2.Policy(OBS, ACT, 256, 4, 4, stage2.HORIZON)
+    policy = stage2.Policy(OBS, ACT, 256, 4, 4, stage2.MAX_TIMESTEP)
     assert sum(p.numel() for p in policy.parameters()) == pytest.approx(8.1e6, rel=0.01)
 
 

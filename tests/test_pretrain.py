@@ -6,23 +6,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import write_hdf5
+from conftest import data_of, task_of, write_hdf5
 
 import pretrain_q as stage1
 
 CPU = torch.device("cpu")
-TASK = stage1.parse_env("hopper-medium-test")
+TASK = task_of("hopper-medium-test")
 
 
 def chain(terminal: bool, gamma: float = 0.99) -> stage1.Transitions:
     """Two episodes: rewards 1, 2, 3, which ends as asked, and rewards 4, 5, which ends by timeout."""
-    observations, rewards = np.zeros((5, 11), np.float32), np.array([1, 2, 3, 4, 5], np.float32)
-    observations[:, 0] = np.arange(5)
-    terminals = np.array([False, False, terminal, False, False])
-    data = stage1.Dataset(
-        observations, np.zeros((5, 3), np.float32), rewards, terminals, np.array([3, 5]), "test", False
-    )
-    return stage1.Transitions(data, TASK, CPU, gamma)
+    content = dict(observations=torch.zeros(5, 11), actions=torch.zeros(5, 3), rewards=torch.arange(1.0, 6.0))
+    content["observations"][:, 0] = torch.arange(5)
+    content |= dict(terminals=torch.tensor([False, False, terminal, False, False]), ends=torch.tensor([3, 5]))
+    content |= dict(obs_mean=torch.zeros(11), obs_std=torch.ones(11), task=vars(TASK))
+    return stage1.Transitions(stage1.Dataset(content), CPU, gamma)
 
 
 class Table(torch.nn.Module):
@@ -94,7 +92,7 @@ def test_iql_target_by_hand():
 
 
 def test_episodes_are_ranked_by_discounted_and_by_plain_return():
-    data, critic = chain(terminal=True, gamma=0.5), stage1.MLP(2, 14, 8)
+    data, critic = chain(terminal=True, gamma=0.5), stage1.Ensemble(2, 14, 8)
     np.testing.assert_allclose(data.episode_returns, [[1 + 2 * 0.5 + 3 * 0.25, 4 + 5 * 0.5], [6, 9]])
     result = stage1.report(SimpleNamespace(critic=critic, data=data))
     assert result["spearman_discounted_vs_plain_return"] == pytest.approx(1)
@@ -102,7 +100,7 @@ def test_episodes_are_ranked_by_discounted_and_by_plain_return():
 
 
 def test_report_where_no_return_is_known():
-    data, critic = chain(terminal=False), stage1.MLP(2, 14, 8)  # short episodes that end by timeout
+    data, critic = chain(terminal=False), stage1.Ensemble(2, 14, 8)  # short episodes that end by timeout
     result = stage1.report(SimpleNamespace(critic=critic, data=data))
     assert result["q_mean"] is result["return_mean"] is result["spearman_q_vs_return"] is None
     q = critic(data.obs, data.act).amin(dim=0)
@@ -123,9 +121,9 @@ def test_sarsa_reaches_the_true_values_of_a_terminal_chain(warm_start_steps, tau
     assert code == 0, err
     assert ("regress on discounted returns" in out) == (warm_start_steps > 0)
     folder = tmp_path / f"{TASK.name}__pretrain_q__1"
-    critic = stage1.MLP(2, 14, 32)
+    critic = stage1.Ensemble(2, 14, 32)
     critic.load_state_dict(torch.load(folder / "critic.pt", weights_only=True)["critic"])
-    data = stage1.read_dataset(TASK, (str(file),))
+    data = data_of(TASK.name, file)
     q = critic((torch.as_tensor(observations[:3]) - data.obs_mean) / data.obs_std, torch.zeros(3, 3))
     expected = torch.tensor([1 + 2 * 0.99 + 3 * 0.99**2, 2 + 3 * 0.99, 3.0])
     torch.testing.assert_close(q, expected.expand(2, 3), rtol=0.03, atol=0.1)
@@ -160,7 +158,7 @@ def test_iql_runs_on_antmaze_and_stays_in_the_range_of_shifted_rewards(tmp_path,
 def test_float32_critic_keeps_the_sign_of_small_differences():
     """Eq. 5's signal, the sign of Q(a_delta) - Q(a), against float64, at the level that Q has in Hopper."""
     torch.manual_seed(0)
-    critic, n = stage1.MLP(2, 14, 64), 20_000
+    critic, n = stage1.Ensemble(2, 14, 64), 20_000
     with torch.no_grad():
         critic.weights[-1] *= 100
         critic.biases[-1] += 250  # a large number, of which the difference is small

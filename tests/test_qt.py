@@ -1,13 +1,15 @@
 """baselines/train_qt.py: window targets, Q term and choice by Q by hand; schedules; what moves what; its files."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import train_qt as qt
-from conftest import ENV, argv, call
+import train_rvdt as rvdt
+from conftest import ENV, argv, call, data_of, task_of
 from torch import nn
 
 import evaluate_alignment as stage3
@@ -53,10 +55,10 @@ def test_the_q_term_by_hand():
 
 
 def make(hopper_file, **changes) -> qt.Training:
-    task = qt.parse_env(ENV)
-    data = qt.read_dataset(task, (str(hopper_file),))
+    data = data_of(ENV, hopper_file)
+    task = data.task
     config = qt.resolve(qt.Args(**SIZES | dict(precision="fp32") | changes), task, data, CPU)
-    return qt.Training(task, qt.Windows(data, task, 4, CPU), config)
+    return qt.Training(task, qt.Windows(data, 4, CPU), config)
 
 
 def weights(net):
@@ -73,13 +75,13 @@ def test_without_the_q_term_a_step_is_a_dts(hopper_file):
     config = stage2.Config(
         **SIZES | dict(lambda_e=0.0, conv=False, actor_lr=1e-3, rtg_range=(0.0, 1.0), sigma_e=1.0, dropout=0.1)
     )
-    other = stage2.CoTraining(qt.parse_env(ENV), learner.windows, config)
+    other = stage2.CoTraining(task_of(ENV), learner.windows, config)
     other.policy.load_state_dict(learner.policy.state_dict())
     batch = learner.windows.sample(8, torch.Generator().manual_seed(3))
     losses = []
     for policy, loss in (
-        (learner.policy, lambda p: sum(qt.supervised_loss(*p(*batch[:5]), batch))),
-        (other.policy, lambda p: stage2.actor_loss(p, None, batch, config, torch.Generator().manual_seed(0))[0]),
+        (learner.policy, lambda p: sum(qt.supervised_loss(*p(*batch.inputs), batch))),
+        (other.policy, lambda p: stage2.actor_loss(p, None, batch, 1.0, config, torch.Generator().manual_seed(0))[0]),
     ):
         torch.manual_seed(0)  # of dropout
         losses.append(loss(policy))
@@ -167,8 +169,10 @@ def test_it_starts_from_stage_1s_critic_and_discount(trained, pipeline, run_main
     expected = torch.load(pipeline.critic, weights_only=True)
     assert all(torch.equal(x, expected["critic"][name]) for name, x in seen[0][3].items())
     assert torch.load(trained / "policy.pt", weights_only=True)["config"]["gamma"] == expected["config"]["gamma"]
-    code, _, err = run_main(qt, *argv(hopper_file, tmp_path, *TINY))
-    assert code == 2 and "is missing: python pretrain_q.py" in err and err.count("\n") == 1
+    with monkeypatch.context() as m:  # a missing one is trained, as by stage 2
+        m.setattr(stage2.subprocess, "run", lambda command: SimpleNamespace(returncode=len(command) and 7))
+        code, out, err = run_main(qt, *argv(hopper_file, tmp_path, *TINY))
+        assert code == 7 and "critic.pt is missing: starting pretrain_q.py" in out and not err
     random = argv(hopper_file, tmp_path, *TINY, "--critic", "none", "--total-steps", 2)
     code, _, err = run_main(qt, *random)
     assert code == 0, err
@@ -199,13 +203,19 @@ def test_high_targets_by_best_and_softmax(trained, run_main, tmp_path):
 
 def test_candidates_are_the_releases_on_d4rl_and_multiples_on_own_data(trained):
     content = torch.load(trained / "policy.pt", weights_only=True)
-    task, policy = qt.parse_env(content["env"]), nn.Linear(1, 1)
+    task, policy = stage2.Task(**content["task"]), nn.Linear(1, 1)
     best = content["config"]["best_return"]
     own = qt.make_candidates(task, content, policy).offsets
     assert own.tolist() == pytest.approx([(x - 1) * best / 1000 for x in (0.5, 0.75, 1, 1.2)])
-    content["data"]["is_d4rl"] = True
-    theirs = qt.make_candidates(task, content, policy).offsets
+    content["config"]["best_return"] = -100.0  # multiples would be on the wrong side of it
+    below_zero = qt.make_candidates(task, content, policy).offsets
+    assert below_zero.tolist() == pytest.approx([-0.05, -0.025, 0, 0.02])
+    content["config"]["best_return"] = best
+    theirs = qt.make_candidates(replace(task, is_d4rl=True), content, policy).offsets
     assert theirs.tolist() == pytest.approx([(x - best) / 1000 for x in (3600, 1800)])
+    content["config"]["best_return"] = 1.0  # an AntMaze's returns are 0 and 1
+    maze = qt.make_candidates(replace(task, body="antmaze", rtg_scale=1.0), content, policy).offsets
+    assert maze.tolist() == pytest.approx([0, -0.1, -0.2, -0.3, -0.4, -0.5, -0.7])
 
 
 def test_killed_and_resumed_ends_with_the_same_bits(trained, pipeline, run_main, hopper_file, tmp_path, monkeypatch):
@@ -231,10 +241,23 @@ def test_killed_and_resumed_ends_with_the_same_bits(trained, pipeline, run_main,
 def test_the_releases_settings_are_the_defaults():
     data = SimpleNamespace(lengths=np.array([20]), returns=np.array([0.0, 100.0]))
 
-    def of(env):
-        config = qt.resolve(qt.Args(env=env), qt.parse_env(env), data, CPU)
+    def of(env, **task):
+        config = qt.resolve(qt.Args(env=env), replace(task_of(env), **task), data, CPU)
+        ours = rvdt.resolve(rvdt.Args(env=env), replace(task_of(env), **task), data, CPU)
+        assert (ours.eta, ours.max_grad_norm) == (config.eta, config.max_grad_norm)
+        assert ours.context_len == (10 if env.endswith("mini") else 20)
         return config.eta, config.context_len, config.max_grad_norm
 
     assert of("halfcheetah-medium-v2") == (5, 5, 15) and of("halfcheetah-medium-expert-v2") == (0.4, 20, 15)
     assert of("hopper-medium-replay-v2") == (3, 20, 9) and of("walker2d-medium-v2") == (2, 20, 5)
-    assert of("hopper-mini") == (1, 10, 9)
+    assert of("halfcheetah-medium-replay-v2") == (5, 5, 15) and of("hopper-medium-v2") == (1, 20, 9)
+    assert of("hopper-mini") == (1, 10, 9) and of("walker2d-medium-mine") == (1, 20, 5)
+    for quality, eta in (("umaze", 0.05), ("umaze-diverse", 0.01), ("medium-diverse", 0.01), ("large-diverse", 0.005)):
+        assert of(f"antmaze-{quality}-v2") == of(f"antmaze-{quality}-mine") == (eta, 20, 9)
+    maze2d = dict(umaze=(5, 20), medium=(5, 9), large=(4, 9), open=(0.01, 9))
+    maze2d |= {"umaze-dense": (3, 5), "medium-dense": (5, 9), "large-dense": (4, 9)}
+    for quality, (eta, norm) in maze2d.items():
+        assert of("hopper-medium-v2", body="maze2d", quality=quality, tag="v1") == (eta, 20, norm)
+    # ours, where the release has no value
+    assert of("hopper-expert-v2") == of("hopper-random-v2") == (1, 20, 9) and of("ant-medium-v2") == (1, 20, 15)
+    assert of("antmaze-medium-play-v2") == (0.01, 20, 9) and of("antmaze-large-play-v2") == (0.005, 20, 9)

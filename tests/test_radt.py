@@ -4,15 +4,18 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import train_radt as radt
-from conftest import ENV, ROOT, argv, call
+from conftest import ENV, ROOT, argv, call, data_of, task_of
+from conftest import by_hand as toy_data
 
 import evaluate_alignment as stage3
+import train_qalign_dt as stage2
 
 B, K, OBS, ACT = 3, 7, 11, 3
 CPU = torch.device("cpu")
@@ -181,10 +184,10 @@ def test_the_learning_rate_warms_up():
 
 
 def test_a_step_applies_rate_decay_and_clipping(hopper_file, monkeypatch):
-    task = radt.parse_env(ENV)
-    data = radt.read_dataset(task, (str(hopper_file),))
+    data = data_of(ENV, hopper_file)
+    task = data.task
     args = radt.Args(embed_dim=16, n_layer=1, n_head=2, context_len=4, lr=1e-3, warmup_steps=10, total_steps=30)
-    learner = radt.Imitation(task, radt.Windows(data, task, 4, CPU), radt.resolve(args, task, data, CPU))
+    learner = radt.Imitation(task, radt.Windows(data, 4, CPU), radt.resolve(args, task, data, CPU))
     norms = []
     weights = learner.opt.param_groups[0]["params"]
     monkeypatch.setattr(learner.opt, "step", lambda: norms.append(sum(p.grad.norm() ** 2 for p in weights)))
@@ -208,21 +211,20 @@ def test_it_learns_to_follow_the_return(variant):
     rng = np.random.default_rng(0)
     returns = np.repeat(rng.uniform(-1, 1, 200), 4)
     rewards = np.where(np.arange(800) % 4 == 3, returns, 0).astype(np.float32)  # so every RTG is the return
-    data = radt.Dataset(
+    data = toy_data(
         rng.normal(size=(800, OBS)).astype(np.float32),
         np.repeat(0.8 * returns[:, None], ACT, axis=1).astype(np.float32),
         rewards,
         np.zeros(800, bool),
         np.arange(4, 801, 4),
-        "toy",
-        False,
+        rtg_scale=1.0,
     )
-    task = radt.parse_env("hopper-mini")._replace(rtg_scale=1.0)
+    task = replace(data.task, obs_dim=11, act_dim=3)
     args = radt.Args(
         total_steps=400, embed_dim=16, n_layer=1, context_len=4, batch_size=32, lr=3e-3, warmup_steps=20,
         **ALL | VARIANTS[variant],
     )  # fmt: skip
-    learner = radt.Imitation(task, radt.Windows(data, task, 4, CPU), radt.resolve(args, task, data, CPU))
+    learner = radt.Imitation(task, radt.Windows(data, 4, CPU), radt.resolve(args, task, data, CPU))
     for step in range(400):
         learner.step(step)
     policy, asked = learner.policy.eval(), torch.tensor([-0.8, -0.3, 0.3, 0.8])[:, None]
@@ -235,10 +237,10 @@ def test_it_learns_to_follow_the_return(variant):
 
 def test_paper_and_small_presets(hopper_file):
     def sizes(env):
-        task = radt.parse_env(env)
+        task = task_of(env)
         data = SimpleNamespace(lengths=np.array([20]))
         config = vars(radt.resolve(radt.Args(env=env), task, data, CPU))
-        return [config[name] for name in radt.SIZES]
+        return [config[name] for name in radt.PAPER]
 
     assert sizes("walker2d-medium-v2") == [100_000, 128, 3, 1, 20, 64, 1e-4, 10_000]
     assert sizes("hopper-medium-v2") == [100_000, 128, 2, 1, 20, 64, 1e-4, 10_000]
@@ -259,7 +261,7 @@ def test_paper_and_small_presets(hopper_file):
 )
 def test_what_tables_call_it(flags, method):
     data = SimpleNamespace(lengths=np.array([20]))
-    assert radt.resolve(radt.Args(**flags), radt.parse_env("hopper-mini"), data, CPU).method == method
+    assert radt.resolve(radt.Args(**flags), task_of("hopper-mini"), data, CPU).method == method
 
 
 # ---- files and command lines
@@ -301,12 +303,12 @@ def test_percentiles_are_radts_protocol(trained, run_main, tmp_path):
     assert result["absolute_error_of_range"] == pytest.approx(error / (high - low))
     assert result["parameters"] == sum(p.numel() for p in radt.make_policy(*described(copy)).parameters())
     assert 0 < result["seconds_per_action"] < 1
-    assert sum('"percentiles"' in line for line in (tmp_path / "alignment.csv").read_text().splitlines()) == 7
+    assert sum(',percentiles,' in line for line in (tmp_path / "alignment.csv").read_text().splitlines()) == 7
 
 
 def described(path):
     content = torch.load(path, weights_only=True)
-    return radt.parse_env(content["env"]), content["config"]
+    return stage2.Task(**content["task"]), content["config"]
 
 
 def test_the_absolute_error_by_hand():
@@ -362,8 +364,7 @@ def test_a_missing_script_and_a_foreign_stage_are_one_line(trained, run_main, tm
 
 @pytest.mark.parametrize("name", ["hopper-mini", "halfcheetah-mini"])
 def test_it_finds_the_data_that_comes_with_the_code(name):
-    task = radt.parse_env(name)
-    assert radt.read_dataset(task, ()).label.endswith(f"{name}.hdf5")
+    assert data_of(name).task.label.endswith(f"{name}.hdf5")
 
 
 def test_its_help_is_readable():

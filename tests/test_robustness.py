@@ -5,11 +5,13 @@ Exit code 2 is a refusal, with nothing written, and 1 an error of the system or 
 
 import contextlib
 import dataclasses
+import fcntl
 import io
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +21,7 @@ from types import SimpleNamespace
 
 import collect_dataset as stage0
 import numpy as np
+import prepare
 import pytest
 import torch
 import tyro
@@ -29,7 +32,7 @@ import pretrain_q as stage1
 import train_qalign_dt as stage2
 import transfer_cheetah_vel as transfer
 
-FOLDER1, FOLDER2 = f"{ENV}__pretrain_q__1", f"{ENV}__train_qalign_dt__1"
+FOLDER1, FOLDER2, DATA = f"{ENV}__pretrain_q__1", f"{ENV}__train_qalign_dt__1", Path(f"{ENV}__data", "dataset.pt")
 DT = [*TINY2, "--lambda-e", "0"]  # needs no critic
 BOTH = pytest.mark.parametrize("stage", [stage1, stage2], ids=["pretrain_q", "train_qalign_dt"])
 
@@ -64,7 +67,7 @@ def test_numbers_are_finite_and_in_bounds(stage, run_main, tmp_path, monkeypatch
         raise AssertionError(f"accepted: {tyro.cli(*args, **kwargs)}")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stage, "tyro", SimpleNamespace(cli=parse))
+    monkeypatch.setattr(stage, "tyro", SimpleNamespace(cli=parse, conf=tyro.conf))
     fields = [field for field in dataclasses.fields(stage.Args) if re.search(r"\b(int|float)\b", str(field.type))]
     assert len(fields) >= 4 and "seed" in [field.name for field in fields]
     for field in fields:
@@ -85,8 +88,10 @@ def test_a_name_never_leaves_its_folder(stage, run_main, tmp_path, monkeypatch):
         code, out, err = run_main(stage, f"--exp-name={name}")
         assert (code, out) == (2, "") and "--exp-name" in err, (name, err)
     for name in ("hopper-medium-../x", "hopper-medium-a/b", "/hopper-mini", "../hopper-mini", "hopper-medium-"):
-        if stage in (stage1, stage2, stage3):
+        if stage in (stage1, stage2):
             assert_one_line(run_main(stage, "--env", name), 2, "--env")
+        elif stage is not stage0:
+            assert_one_line(run_main(stage, "--env", name), 2, "no policy at runs/", "runs there: none")
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "here"]
 
 
@@ -114,7 +119,7 @@ def test_flags_that_contradict_each_other(run_main, tmp_path, monkeypatch):
 
 def test_other_bad_input_is_one_line(tmp_path, run_main, pipeline, hopper_file):
     policy, critic, new = pipeline.policy, pipeline.critic, ["--exp-name", "new"]
-    good = argv(hopper_file, tmp_path / "runs")
+    good = argv(hopper_file, pipeline.runs)
     sizes = [*TINY2, "--critic", critic]
     cases = [
         (stage1, ["--env", "hopper-medum-v2"], "hopper-medium-v2"),
@@ -123,7 +128,8 @@ def test_other_bad_input_is_one_line(tmp_path, run_main, pipeline, hopper_file):
         (stage2, [*good, *TINY2, *new, "--critic", policy], "not of pretrain_q.py"),
         (stage2, [*good, *sizes, *new, "--critic-width", 17], "--critic-width"),
         (stage3, ["--env", "walker2d-medium-tiny", "--checkpoint", policy], "not walker2d-medium-tiny"),
-        (stage3, ["--env", ENV, "--runs-dir", tmp_path / "runs"], "policy.pt: No such file"),
+        (stage3, ["--env", ENV, "--runs-dir", tmp_path / "runs"], "policy.pt; runs there: none"),
+        (stage3, ["--env", ENV, "--runs-dir", pipeline.runs, *new], f"; runs there: {ENV}__dt__1, {FOLDER2}"),
         (stage3, ["--checkpoint", policy, "--compare", critic], "not of train_qalign_dt.py"),
     ]
     if not torch.cuda.is_available():
@@ -151,10 +157,12 @@ class RunsCode:
 
 @pytest.fixture
 def copy_of(pipeline, tmp_path):
-    """Copies of the pipeline's run folders, to damage."""
+    """Copies of the pipeline's checkpoints, to damage, in a runs folder with the data."""
+    shutil.copytree(pipeline.runs / f"{ENV}__data", tmp_path / "runs" / f"{ENV}__data")
 
     def copy(kind: str) -> Path:
-        source = getattr(pipeline, kind)
+        own = {"resume of stage 1": pipeline.critic.parent / "resume.pt", "dataset": pipeline.runs / DATA}
+        source = own.get(kind) or getattr(pipeline, kind)
         folder = tmp_path / "runs" / source.parent.name
         folder.mkdir(parents=True, exist_ok=True)
         return Path(shutil.copy(source, folder))
@@ -166,8 +174,10 @@ def readers(pipeline, hopper_file, tmp_path):
     """For each kind of checkpoint the stage and the flags that read it."""
     own = argv(hopper_file, tmp_path / "runs", *TINY2)
     return {
+        "dataset": (stage1, argv(hopper_file, tmp_path / "runs", *TINY1)),
         "critic": (stage2, [*own, "--critic", tmp_path / "runs" / FOLDER1 / "critic.pt"]),
         "resume": (stage2, [*own, "--eval-every", 15]),
+        "resume of stage 1": (stage1, argv(hopper_file, tmp_path / "runs", *TINY1)),
         "policy": (
             stage3,
             ["--checkpoint", tmp_path / "runs" / FOLDER2 / "policy.pt", "--rollouts", 1, "--device", "cpu"],
@@ -175,7 +185,7 @@ def readers(pipeline, hopper_file, tmp_path):
     }
 
 
-KINDS = ["critic", "resume", "policy"]
+KINDS = ["dataset", "critic", "resume", "policy"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -195,7 +205,17 @@ def test_damaged_checkpoints_are_one_line(kind, copy_of, pipeline, hopper_file, 
         path.unlink()
         path.mkdir()
 
+    def fifo() -> None:
+        path.unlink()
+        os.mkfifo(path)
+
+    def nested(x=()):
+        for _ in range(60):  # whose text would have 2^60 parts
+            x = (x, x)
+        return x
+
     content = load(path)
+    huge = torch.zeros(1).expand(10**11)  # a view: the file stays small
     troubles = {
         "empty": (lambda: path.write_bytes(b""), "damaged"),
         "text": (lambda: path.write_text("hello"), "damaged"),
@@ -204,10 +224,18 @@ def test_damaged_checkpoints_are_one_line(kind, copy_of, pipeline, hopper_file, 
         "code": (lambda: replaced(content | {"x": RunsCode(str(tmp_path / "it-ran"))}), "damaged"),
         "no dictionary": (lambda: replaced([1, 2]), "damaged"),
         "other stage": (lambda: replaced(content | {"stage": "other"}), "other.py"),
+        "stage with escapes": (lambda: replaced(content | {"stage": "a\n\x1b[31mb" * 99}), r"of a\n\x1b[31mba\n"),
+        "stage without end": (lambda: replaced(content | {"stage": nested()}), "damaged"),
+        "stage of another type": (lambda: replaced(content | {"stage": torch.zeros(2)}), "damaged"),
         "other format": (lambda: replaced(content | {"format": 99}), "format 99"),
+        "format of another type": (lambda: replaced(content | {"format": torch.zeros(2)}), "damaged"),
+        "huge view": (lambda: replaced(content | {"x": [{"y": huge}]}), "damaged"),
+        "sparse": (lambda: replaced(content | {"x": torch.zeros(9).to_sparse()}), "damaged"),
         "dangling link": (lambda: linked(tmp_path / "nowhere"), "No such file"),
         "loop of links": (lambda: linked(path), "symbolic links"),
-        "folder": (folder, "directory"),
+        "folder": (folder, "not a regular file"),
+        "fifo": (fifo, "not a regular file"),
+        "device": (lambda: linked("/dev/zero"), "not a regular file"),
     }
     for name, (damage, says) in troubles.items():
         if path.is_dir():
@@ -219,6 +247,7 @@ def test_damaged_checkpoints_are_one_line(kind, copy_of, pipeline, hopper_file, 
         result = run_main(stage, *flags)
         assert result[1] == "", name
         assert_one_line(result, 2, path, says)
+        assert len(result[2]) < 1000, name
         assert sorted(tmp_path.rglob("*")) == before, name
 
 
@@ -250,40 +279,117 @@ def test_flipped_bits_are_recognised_or_harmless(kind, copy_of, capsys):
     assert recognised > 20
 
 
+def without(content: dict, where: tuple) -> dict:
+    """The content without the entry at a path of keys."""
+    name, *rest = where
+    if not rest:
+        return {key: x for key, x in content.items() if key != name}
+    return content | {name: without(content[name], rest)}
+
+
+# checkpoint, who reads it, and the entries that this reader does without
+READERS = {
+    "dataset, stage 1": set(),
+    "dataset, stage 2": set(),
+    "dataset, prepare": {"observations", "actions", "rewards", "terminals", "ends", "obs_mean", "obs_std"},
+    "critic, stage 2": {"data", "report"},  # labels, and AntMaze's scale
+    "resume of stage 1, stage 1": set(),
+    "resume, stage 2": set(),
+    "policy, stage 3": {"critic"},  # only its correlations are missing then
+    "policy, transfer": {"critic", "gamma"},
+}
+SIZES = {"embed_dim", "n_layer", "n_head", "context_len", "max_timestep", "seed", "total_steps", *stage3.OURS}
+CONFIG_READ = {  # all that these read of the configuration; the others read the whole of it
+    "critic, stage 2": {"data", "gamma"},
+    "policy, stage 3": SIZES | {"critic_width"},
+    "policy, transfer": SIZES,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_checkpoint_without_any_one_of_its_entries_is_one_line(
+    reader, copy_of, pipeline, hopper_file, tmp_path, run_main
+):
+    kind, _, who = reader.partition(", ")
+    path, (stage, flags) = copy_of(kind), readers(pipeline, hopper_file, tmp_path)[kind]
+    if who == "prepare":
+        stage, flags = prepare, argv(hopper_file, tmp_path / "runs")
+    elif who == "transfer":
+        stage, flags = transfer, ["--checkpoint", path]
+    elif who == "stage 2":
+        stage, flags = stage2, flags if kind != "dataset" else argv(hopper_file, tmp_path / "runs", *TINY2)
+    content = load(path)
+    entries = [(key,) for key in content if key not in READERS[reader]]
+    for name in ("task", "config", "progress", "actor_opt", "opt"):
+        read = CONFIG_READ.get(reader) if name == "config" else None
+        entries += [(name, key) for key in content.get(name, ()) if read is None or key in read]
+    entries += [("policy", "embed_obs.weight")] * ("policy" in content)
+    assert len(entries) >= 6
+    for where in entries:
+        torch.save(without(content, where), path)
+        before = tree(tmp_path) | {path.parent.relative_to(tmp_path) / ".lock": b""}
+        result = run_main(stage, *flags)
+        assert_one_line(result, 2, path)
+        assert result[1] == "" and before.items() >= tree(tmp_path).items(), where
+
+
 def test_whole_but_foreign_states_are_one_line(copy_of, pipeline, hopper_file, tmp_path, run_main):
-    """resume.pt without any one of its keys, with a step outside the run, NaN weights, other shapes."""
+    """resume.pt with a step outside the run, NaN weights, other shapes and types."""
     stage, flags = readers(pipeline, hopper_file, tmp_path)["resume"]
     path = copy_of("resume")
     content = load(path)
     weight = next(iter(content["policy"]))
-    counters = content["counters"]
-    changes = [{"counters": counters | {"step": step}} for step in (31, -1, 1.5, None)]
-    changes += [{"counters": {k: x for k, x in counters.items() if k != key}} for key in counters]
-    changes += [{"random": ()}, {"sums": torch.zeros(3)}]
-    changes += [{"sums": torch.full_like(content["sums"], torch.nan)}]
-    changes += [
-        {"policy": content["policy"] | {weight: x}} for x in (torch.zeros(3), torch.nan * content["policy"][weight])
-    ]
-    changes += [{"actor_opt": {}}, {"critic": {}}]
+    progress, opt = content["progress"], content["actor_opt"]
+    changes = [{"progress": progress | {"step": step}} for step in (31, -1, 1.5, None, True, torch.zeros(2))]
+    changes += [{"progress": progress | {key: x}} for key in ("rows", "scores") for x in (None, [1], [{"loss": 1.0}])]
+    changes += [{"progress": progress | {key: [{"step": x}]}} for key in ("rows", "scores") for x in (0.5, 10**30)]
+    changes += [{"progress": progress | {key: x}} for key in ("gamma", "q_scale") for x in ("x", torch.nan)]
+    changes += [{"random": x} for x in ((), None, (torch.zeros(3),) * 3)]
+    changes += [{"sums": x} for x in (torch.zeros(3), torch.full_like(content["sums"], torch.nan), None)]
+    bad = (torch.zeros(3), torch.nan * content["policy"][weight], content["policy"][weight].double(), None)
+    changes += [{"policy": content["policy"] | {weight: x}} for x in bad]
+    changes += [{"actor_opt": {}}, {"critic": {}}, {"actor_opt": None}]
+    first = opt["state"][0]
+    for x in (torch.zeros(3), first["exp_avg"].double(), torch.nan * first["exp_avg"], None):  # fused Adam would crash
+        changes += [{"actor_opt": opt | {"state": opt["state"] | {0: first | {"exp_avg": x}}}}]
+    changes += [{"actor_opt": opt | {"state": x}} for x in (opt["state"] | {999: first}, [first], {0: {}}, None)]
+    (group,) = opt["param_groups"]
+    for key, x in (
+        ("lr", "x"),
+        ("lr", 0.1),
+        ("lr", torch.zeros(2)),
+        ("betas", 0.9),
+        ("betas", ("x", "y")),
+        ("eps", None),
+    ):
+        changes += [{"actor_opt": opt | {"param_groups": [group | {key: x}]}}]
+    changes += [{"actor_opt": opt | {"param_groups": x}} for x in ([], [group, group], {0: group}, None)]
+    changes += [{"config": content["config"] | {key: torch.zeros(2)}} for key in ("sigma_e", "data")]
+    nested = ()
+    for _ in range(60):
+        nested = (nested, nested)
+    changes += [{"config": content["config"] | {"sigma_e": nested}}, {"config": None}, {"config": [1]}]
     for change in changes:
         torch.save(content | change, path)
-        assert_one_line(run_main(stage, *flags), 2, path)
-    for key in content:
-        torch.save({k: x for k, x in content.items() if k != key}, path)
-        assert_one_line(run_main(stage, *flags), 2, path)
+        result = run_main(stage, *flags)
+        assert_one_line(result, 2, path)
+        assert len(result[2]) < 1500
     assert not [p for p in path.parent.iterdir() if p.suffix in (".pt", ".tmp") and p != path]
 
 
 def test_foreign_states_of_stage_1_are_one_line(copy_of, pipeline, hopper_file, tmp_path, run_main):
-    path, resume = tmp_path / "runs" / FOLDER1 / "resume.pt", pipeline.critic.parent / "resume.pt"
-    path.parent.mkdir(parents=True)
-    content = load(resume)
-    changed = [content | {"counters": x} for x in ({}, {"step": 31, "rows": []}, {"step": 3})] + [
-        content | {"critic": {}}
+    stage, flags = readers(pipeline, hopper_file, tmp_path)["resume of stage 1"]
+    path = copy_of("resume of stage 1")
+    content = load(path)
+    opt, (group,) = content["opt"], content["opt"]["param_groups"]
+    changes = [
+        {"progress": x} for x in ({}, {"step": 31, "rows": []}, {"step": 3}, {"step": 3, "rows": [{"step": 1.5}]})
     ]
-    for foreign in changed + [{k: x for k, x in content.items() if k != key} for key in content]:
-        torch.save(foreign, path)
-        assert_one_line(run_main(stage1, *argv(hopper_file, tmp_path / "runs", *TINY1)), 2, path)
+    changes += [{"critic": {}}, {"opt": opt | {"param_groups": [group | {"lr": torch.tensor(0.1)}]}}]
+    changes += [{"opt": opt | {"state": opt["state"] | {0: opt["state"][0] | {"exp_avg_sq": torch.zeros(2)}}}}]
+    for change in changes:
+        torch.save(content | change, path)
+        assert_one_line(run_main(stage, *flags), 2, path)
 
 
 def test_foreign_critics_are_one_line(copy_of, pipeline, hopper_file, tmp_path, run_main):
@@ -294,45 +400,87 @@ def test_foreign_critics_are_one_line(copy_of, pipeline, hopper_file, tmp_path, 
     changes = [
         {"critic": content["critic"] | {weight: x}} for x in (torch.zeros(3), torch.nan * content["critic"][weight])
     ]
-    changes += [{"config": config | {"gamma": torch.nan}}, {"config": {"data": config["data"]}}]
-    without = [{k: x for k, x in content.items() if k != key} for key in ("critic", "config", "stage", "format")]
-    for foreign in [content | change for change in changes] + without:
-        torch.save(foreign, path)
+    changes += [{"config": config | {"gamma": x}} for x in (torch.nan, 1.5, "x", torch.zeros(2))]
+    changes += [{"config": config | {"data": torch.zeros(2)}}, {"config": 3}, {"critic": None}]
+    other, nested = config | {"data": "0" * 16}, ()
+    for _ in range(60):
+        nested = (nested, nested)
+    changes += [{"config": other, "data": x} for x in ({"label": "a\n\x1b[31m" * 200}, {"label": nested}, {}, None)]
+    for change in changes:
+        torch.save(content | change, path)
         result = run_main(stage, *flags)
         assert_one_line(result, 2, path)
-        assert result[1] == "" and not (tmp_path / "runs" / FOLDER2).exists()
+        assert result[1] == "" and len(result[2]) < 1000 and not (tmp_path / "runs" / FOLDER2).exists()
 
 
-def test_foreign_policies_are_one_line(copy_of, pipeline, hopper_file, tmp_path, run_main):
-    """policy.pt without any one of the keys that stage 3 reads, with NaN weights, with other shapes."""
-    stage, flags = readers(pipeline, hopper_file, tmp_path)["policy"]
+def test_foreign_datasets_are_one_line(copy_of, pipeline, hopper_file, tmp_path, run_main):
+    stage, flags = readers(pipeline, hopper_file, tmp_path)["dataset"]
+    path = copy_of("dataset")
+    content = load(path)
+    task, rewards, ends = content["task"], content["rewards"], content["ends"]
+    changes = [{"task": task | {"sources": x}} for x in (5, None, [], [1], [{"name": torch.zeros(2)}], torch.zeros(2))]
+    (source,) = task["sources"]
+    changes += [{"task": task | {"obs_dim": x}} for x in (12, 0, "x", 11.0)] + [
+        {"task": None},
+        {"task": task | {"x": 1}},
+    ]
+    changes += [{"rewards": x} for x in (None, rewards.double(), torch.nan * rewards, rewards[1:], torch.tensor(1.0))]
+    changes += [{"rewards": rewards.clone().requires_grad_()}, {"ends": ends.flip(0)}, {"ends": ends[:0]}]
+    changes += [{"obs_std": 0 * content["obs_std"]}, {"terminals": content["terminals"].float()}]
+    for change in changes:
+        torch.save(content | change, path)
+        result = run_main(stage, *flags)
+        assert_one_line(result, 2, path)
+        assert result[1] == "" and os.listdir(tmp_path / "runs") == [f"{ENV}__data"]
+    unknown = source | {"size": torch.zeros(2), "sha256": torch.zeros(2)}  # as if the file had changed: made again
+    torch.save(content | {"task": task | {"sources": [unknown]}}, path)
+    code, out, err = run_main(prepare, *argv(hopper_file, tmp_path / "runs"))
+    assert code == 0 and load(path)["task"]["sources"] == [source], err
+
+
+@pytest.mark.parametrize("stage", [stage3, transfer], ids=["evaluate_alignment", "transfer_cheetah_vel"])
+def test_edited_policies_are_one_line_before_any_rollout(stage, copy_of, run_main, monkeypatch):
+    """policy.pt with NaN weights, with other shapes, types and numbers."""
     path = copy_of("policy")
     content = load(path)
-    weight, config = next(iter(content["policy"])), content["config"]
+    weight, config, task = next(iter(content["policy"])), content["config"], content["task"]
+    std, returns = content["obs_std"], content["episode_returns"]
     changes = [
         {"policy": content["policy"] | {weight: x}} for x in (torch.zeros(3), torch.nan * content["policy"][weight])
     ]
-    changes += [{"config": config | {"embed_dim": 32}}, {"env": "x"}, {"data": {}}]
-    changes += [{"episode_returns": torch.zeros(0)}]
-    read = (
-        "embed_dim",
-        "n_layer",
-        "n_head",
-        "context_len",
-        "max_timestep",
-        "conv",
-        "critic_width",
-        "gamma",
-        "lambda_e",
-    )
-    changes += [{"config": {k: x for k, x in config.items() if k != key}} for key in (*read, "seed", "state_loss")]
+    edits = dict(embed_dim=(32, "x"), n_head=(0, 3, -1, "2", 2.0), context_len=(-5, 0, "4", 1.5, torch.zeros(2)))
+    edits |= dict(eval_context_len=(-9, "x"), total_steps=("x", None), lambda_e=(torch.nan, "x"), max_push=("x", [1]))
+    edits |= dict(dropout=(7, "x"), max_timestep=(0, -1, 1.5), seed=([1], torch.zeros(2)), conv=(torch.zeros(2),))
+    changes += [{"config": config | {name: x}} for name, values in edits.items() for x in values]
+    changes += [{"obs_std": x} for x in (0 * std, -std, std[1:], std.double(), torch.nan * std, None, std.tolist())]
+    changes += [{"step": x} for x in ("a", 1.5, None, torch.zeros(2))]
+    huge = torch.zeros(1, dtype=torch.float64).expand(10**11)
+    changes += [{"episode_returns": x} for x in (torch.nan * returns, huge, returns[:0], returns.float(), None, 3)]
+    changes += [{"data": {}, "task": {}}, {"task": task | {"x": 1}}, {"config": 3}, {"policy": None}]
+    edits = dict(horizon=(0, 10**9, "x"), rtg_scale=(0.0, torch.nan), targets=((), ("x",), 3), obs_dim=(12, -1))
+    edits |= dict(label=("a\nb", "\x1b[31m", "x" * 999), ref_max=(-1e9,), env_kwargs=(3,), sweep=((torch.inf,),))
+    changes += [{"task": task | {name: x}} for name, values in edits.items() for x in values]
+    monkeypatch.setattr(stage, "rollout", None)  # would raise if it were called
+    before = os.listdir(path.parent)
     for change in changes:
         torch.save(content | change, path)
-        assert_one_line(run_main(stage, *flags), 2)
-    for key in content.keys() - {"critic"}:  # without a critic only its correlations are missing
-        torch.save({k: x for k, x in content.items() if k != key}, path)
-        assert_one_line(run_main(stage, *flags), 2, path)
-    assert os.listdir(path.parent) == ["policy.pt"]
+        result = run_main(stage, "--checkpoint", path, "--device", "cpu")
+        assert result[1] == "", change
+        assert_one_line(result, 2, path)
+        assert len(result[2]) < 1000 and os.listdir(path.parent) == before
+    torch.save(content | {"gamma": 2.0}, path)
+    result = run_main(stage3, "--checkpoint", path, "--device", "cpu")
+    assert_one_line(result, 2, path, "critic is not whole")
+
+
+def test_an_export_never_replaces_the_checkpoint(copy_of, run_main, tmp_path):
+    path = copy_of("policy")
+    before = tree(tmp_path)
+    (tmp_path / "link.pt2").symlink_to(path)
+    for name in (path, path.parent / ".." / path.parent.name / "policy.pt", tmp_path / "link.pt2"):
+        assert_one_line(run_main(stage3, "--checkpoint", path, "--export", name), 2, name, "the checkpoint itself")
+    (tmp_path / "link.pt2").unlink()
+    assert tree(tmp_path) == before
 
 
 # ---- folders ----
@@ -412,7 +560,7 @@ def test_a_full_disk_keeps_the_last_good_state(stage, no_room, whole, run_main, 
     with stack:
         result = run_main(stage, *command, "--checkpoint-minutes", 0)
     assert_one_line(result, 1, says[0], f"{folder}/resume.pt")
-    assert not list(folder.glob("*.tmp")) and load(folder / "resume.pt")["counters"]["step"] == 17
+    assert not list(folder.glob("*.tmp")) and load(folder / "resume.pt")["progress"]["step"] == 17
     code, out, err = run_main(stage, *command)
     assert code == 0 and "step 17\n" in out, err
     final = "critic.pt" if stage is stage1 else "policy.pt"
@@ -425,14 +573,17 @@ def test_a_full_disk_keeps_the_last_good_state(stage, no_room, whole, run_main, 
 
 @BOTH
 def test_no_room_at_the_start_is_one_line(stage, no_room, run_main, hopper_file, monkeypatch):
+    """Without room for the data, and without room for anything after them."""
     runs, full = no_room
-    died = []  # TensorBoard's thread, whose traceback would follow
-    monkeypatch.setattr(threading, "excepthook", died.append)
-    with full() as says:
-        result = run_main(stage, *argv(hopper_file, runs, *(TINY1 if stage is stage1 else DT)))
-        time.sleep(0.2)
-    assert_one_line(result, 1, says)
-    assert not died
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # TensorBoard's thread dies, too, and says so
+    for prepared in (False, True):
+        if prepared:
+            prepare.prepare(ENV, (str(hopper_file),), runs)
+        with full() as says:
+            result = run_main(stage, *argv(hopper_file, runs, *(TINY1 if stage is stage1 else DT)))
+            time.sleep(0.2)  # for that
+        assert_one_line(result, 1, says)
+        assert prepared or not [*(runs / DATA).parent.glob("*.*t*")]  # neither dataset.pt nor a part of it
 
 
 @BOTH
@@ -473,7 +624,7 @@ def test_folders_that_cannot_be_made_are_one_line(where, run_main, hopper_file, 
         for stage, sizes in ((stage1, TINY1), (stage2, DT)):
             result = run_main(stage, *argv(hopper_file, runs, *sizes, *flags))
             assert_one_line(result, 1, runs)
-        assert not (tmp_path / "runs").exists() or os.listdir(tmp_path / "runs") == []
+        assert not (tmp_path / "runs").exists() or os.listdir(tmp_path / "runs") == [f"{ENV}__data"]
 
 
 def test_stage_3_refuses_a_folder_that_it_cannot_write_before_the_sweep(pipeline, run_main, tmp_path):
@@ -485,21 +636,28 @@ def test_stage_3_refuses_a_folder_that_it_cannot_write_before_the_sweep(pipeline
         assert_one_line(result, 2, folder)
 
 
-def test_stale_temporary_files_go_once_the_lock_is_held(pipeline, run_main, hopper_file, tmp_path):
+def test_our_stale_temporary_files_go_once_the_lock_is_held_and_foreign_ones_stay(run_main, hopper_file, tmp_path):
     for stage, flags in ((stage1, TINY1), (stage2, [*DT, "--total-steps", 2])):
-        folder = tmp_path / f"{ENV}__{stage.__name__}__1"
+        folder, seen = tmp_path / f"{ENV}__{stage.__name__}__1", []
         folder.mkdir()
-        stale = [folder / name for name in ("resume.pt.123.tmp", "metrics.csv.4.tmp")]
-        for path in stale:
+        stale = [folder / name for name in ("resume.pt.123.tmp", "metrics.csv.4.tmp", "report.json.77.tmp")]
+        names = ("notes.tmp", "resume.pt.tmp", "a.resume.pt.1.tmp", "resume.pt.x.tmp", "thesis.tex.12.tmp", "1.tmp")
+        foreign = [folder / name for name in names]
+        for path in (*stale, *foreign):
             path.write_bytes(b"half")
-        with stage2.claim(tmp_path / f"{ENV}__other__1"):
-            pass
-        command = argv(hopper_file, tmp_path, *flags)
-        with stage2.filelock.FileLock(folder / ".lock"):  # another process's
+        command, held = argv(hopper_file, tmp_path, *flags), open(folder / ".lock", "w")
+        fcntl.flock(held, fcntl.LOCK_EX)  # as another process does
+        if stage is stage2:
             assert_one_line(run_main(stage, *command), 2, "another process", folder)
-            assert all(path.exists() for path in stale)  # they are the other process's
-        assert run_main(stage, *command)[0] == 0
-        assert not any(path.exists() for path in stale)
+            seen += [path.exists() for path in stale]  # they are the other process's
+            held.close()
+        else:
+            end = lambda: [seen.extend(path.exists() for path in stale), held.close()]  # noqa: E731, B023
+            threading.Timer(0.3, end).start()
+        code, out, err = run_main(stage, *command)
+        assert code == 0 and ("waiting for another process" in out) == (stage is stage1), err
+        assert seen == [True] * 3
+        assert not any(path.exists() for path in stale) and {path.read_bytes() for path in foreign} == {b"half"}
 
 
 @BOTH
@@ -537,7 +695,7 @@ def test_a_nan_stops_the_run_and_keeps_the_last_good_files(stage, run_main, hopp
     command = argv(hopper_file, tmp_path, *(TINY1 if stage is stage1 else DT))
     result = run_main(stage, *command, "--checkpoint-minutes", 0)
     assert_one_line(result, 1, "step 18", "NaN", f"{folder}/resume.pt")
-    assert load(folder / "resume.pt")["counters"]["step"] == 17 and is_finite(folder / "resume.pt")
+    assert load(folder / "resume.pt")["progress"]["step"] == 17 and is_finite(folder / "resume.pt")
     assert stage is stage1 or is_finite(folder / "policy.pt") and load(folder / "policy.pt")["step"] == 17
     code, out, err = run_main(stage, *command)
     assert code == 0 and "step 17\n" in out and is_finite(folder / "resume.pt"), err
@@ -556,7 +714,7 @@ def test_a_nan_in_the_last_update_is_no_result(stage, run_main, hopper_file, tmp
         return result
 
     monkeypatch.setattr(learner, "step", overflowing)
-    monkeypatch.setattr(stage2, "evaluate", lambda policy, task, targets, *_: [float(policy.training)] * len(targets))
+    monkeypatch.setattr(stage2, "evaluate", lambda policy, data, config: [0.0] * len(data.task.targets))
     folder = tmp_path / (FOLDER1 if stage is stage1 else FOLDER2)
     flags = [*TINY1, "--total-steps", 1] if stage is stage1 else [*DT, "--total-steps", 1, "--eval-every", 1]
     assert_one_line(run_main(stage, *argv(hopper_file, tmp_path, *flags)), 1, "step 1", "infinite")
@@ -564,10 +722,10 @@ def test_a_nan_in_the_last_update_is_no_result(stage, run_main, hopper_file, tmp
     assert not (folder / "critic.pt").exists()
 
 
-def test_no_best_policy_is_saved_with_weights_that_are_not_finite(run_main, hopper_file, tmp_path, monkeypatch):
-    """A better score between two rows of metrics.csv: the actions do not depend on the state head."""
-    scores, real, calls = iter(range(100)), stage2.CoTraining.step, []
-    monkeypatch.setattr(stage2, "evaluate", lambda policy, task, targets, *_: [float(next(scores))] * len(targets))
+def test_no_policy_is_saved_with_weights_that_are_not_finite(run_main, hopper_file, tmp_path, monkeypatch):
+    """Saved between two rows of metrics.csv, whose losses would tell; the evaluation's actions need no state head."""
+    real, calls = stage2.CoTraining.step, []
+    monkeypatch.setattr(stage2, "evaluate", lambda policy, data, config: [0.0] * len(data.task.targets))
 
     def overflowing(self):
         result = real(self)
@@ -577,9 +735,11 @@ def test_no_best_policy_is_saved_with_weights_that_are_not_finite(run_main, hopp
         return result
 
     monkeypatch.setattr(stage2.CoTraining, "step", overflowing)
-    result = run_main(stage2, *argv(hopper_file, tmp_path, *DT, "--eval-every", 1))
+    result = run_main(stage2, *argv(hopper_file, tmp_path, *DT, "--eval-every", 1, "--checkpoint-minutes", 0))
     assert_one_line(result, 1, "NaN")
-    assert is_finite(tmp_path / FOLDER2 / "policy_best.pt") and load(tmp_path / FOLDER2 / "policy_best.pt")["step"] == 3
+    for name in ("policy.pt", "resume.pt"):
+        assert is_finite(tmp_path / FOLDER2 / name)
+    assert load(tmp_path / FOLDER2 / "policy.pt")["step"] == 3
 
 
 @BOTH
@@ -626,33 +786,32 @@ def test_files_are_on_the_disk_before_they_get_their_name(tmp_path, monkeypatch)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS and /proc")
-def test_sizes_that_no_memory_holds_are_one_line_before_stage_1_is_trained(hopper_file, tmp_path):
-    """In a child whose memory is limited. Stage 2 tries its sizes before it starts stage 1."""
+def test_sizes_that_no_memory_holds_are_one_line(hopper_file, tmp_path, pipeline):
+    """In a child whose memory is limited."""
     large = [
         ("pretrain_q", "--batch-size", 100_000_000),
         ("pretrain_q", "--critic-width", 1_000_000),
         ("train_qalign_dt", "--embed-dim", 1_000_000),
         ("train_qalign_dt", "--embed-dim", 1_000_000_000),
-        ("train_qalign_dt", "--batch-size", 100_000_000),
         ("train_qalign_dt", "--batch-size", 1_000_000_000),
         ("train_qalign_dt", "--context-len", 1_000_000),
-        ("train_qalign_dt", "--critic-width", 1_000_000),
     ]
     commands = []
     for i, (stage, flag, value) in enumerate(large):
-        sizes = TINY1 if stage == "pretrain_q" else TINY2
-        commands.append((stage, argv(hopper_file, tmp_path / f"runs{i}", *sizes, flag, value)))
+        sizes = TINY1 if stage == "pretrain_q" else [*TINY2, "--critic", pipeline.critic]
+        commands.append((stage, argv(hopper_file, tmp_path / f"runs{i}", *map(str, sizes), flag, value)))
     program = f"""
-import json, resource, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import conftest, pretrain_q, train_qalign_dt
+import json, os, resource, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}, {str(ROOT / "data")!r}]
+import conftest, prepare, pretrain_q, torch.utils.tensorboard, train_qalign_dt
 pages = int(open("/proc/self/statm").read().split()[0])
-resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 600_000_000,) * 2)
-def no_stage_1(*_, **__):
-    raise AssertionError("stage 1 was started")
-train_qalign_dt.subprocess.run = no_stage_1
 for stage, argv in {commands!r}:
+    if child := os.fork():
+        assert os.waitpid(child, 0)[1] == 0
+        continue
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 600_000_000,) * 2)
     print(json.dumps(conftest.call(sys.modules[stage], *argv)), flush=True)
+    os._exit(0)
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
@@ -663,17 +822,13 @@ for stage, argv in {commands!r}:
         assert_one_line(tuple(answer), answer[0])
 
 
-def test_closed_streams_and_a_bad_renderer_stop_nothing(pipeline, hopper_file, tmp_path):
-    """Stage 2 with stdout and stderr closed, stage 3 with a bad MUJOCO_GL: neither renders."""
-    flags = argv(hopper_file, tmp_path, *DT, "--total-steps", 2, "--eval-every", 1)
-    command = [sys.executable, str(ROOT / "train_qalign_dt.py"), *flags]
-    closed = subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command], timeout=300)
-    folder = tmp_path / FOLDER2
-    assert closed.returncode == 0 and (folder / "policy_best.pt").exists() and load(folder / "policy.pt")["step"] == 2
-    command = [sys.executable, ROOT / "evaluate_alignment.py", "--checkpoint", folder / "policy.pt", "--rollouts", "1"]
+def test_a_bad_renderer_and_strict_streams_stop_nothing(copy_of):
+    """Stage 3 without a picture of MuJoCo's: it renders nothing."""
+    path = copy_of("policy")
+    command = [sys.executable, ROOT / "evaluate_alignment.py", "--checkpoint", path, "--rollouts", "1"]
     surroundings = os.environ | {"MUJOCO_GL": "nonsense", "PYTHONIOENCODING": "ascii:strict", "LC_ALL": "C"}
     result = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0 and (folder / "alignment.json").exists(), result.stderr
+    assert result.returncode == 0 and (path.parent / "alignment.json").exists(), result.stderr
 
 
 def test_ascii_streams_write_what_they_can(whole, run_main, hopper_file, tmp_path, monkeypatch):
@@ -686,11 +841,124 @@ def test_ascii_streams_write_what_they_can(whole, run_main, hopper_file, tmp_pat
     stage2.run(stage2.main)
     streams["stdout"].flush()
     assert b"donn?es.hdf5" in streams["stdout"].buffer.getvalue()
-    monkeypatch.setattr(sys, "argv", ["train_qalign_dt.py", *argv(tmp_path / "\u00e9", tmp_path, *DT)])
+    monkeypatch.setattr(sys, "argv", ["train_qalign_dt.py", *argv(tmp_path / "\u00e9", tmp_path / "other", *DT)])
     with pytest.raises(SystemExit):
         stage2.run(stage2.main)
     streams["stderr"].flush()
     assert b"?: " in streams["stderr"].buffer.getvalue()
+
+
+NAMES = ["cost_$5_to_$6^.hdf5", os.fsdecode(b"donn\xe9es.hdf5"), "two\nlines \x1b[31m.hdf5"]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=["mathematics", "not UTF-8", "escapes"])
+def test_the_sweep_is_written_whatever_the_data_are_called(name, run_main, hopper_file, tmp_path):
+    data = tmp_path / name
+    shutil.copy(hopper_file, data)
+    code, out, err = run_main(stage2, *argv(data, tmp_path / "runs", *DT, "--total-steps", 1))
+    assert code == 0 and len(out.splitlines()) == 4, err
+    folder = tmp_path / "runs" / FOLDER2
+    code, more, err = run_main(stage3, "--checkpoint", folder / "policy.pt", "--rollouts", 1, "--trajectories")
+    assert code == 0 and "Traceback" not in err and all(line.isprintable() for line in (out + more).splitlines()), err
+    for kind in ("json", "csv", "png"):
+        assert (folder / f"alignment.{kind}").stat().st_size and (folder / f"behaviour.{kind}").stat().st_size
+    label = json.loads((folder / "alignment.json").read_text())["trained_on"]["label"]
+    assert (
+        label.isprintable() and label.endswith(prepare.printable(name)) and (label.endswith(name) == name.isprintable())
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes there")
+def test_folders_with_accents_where_the_locale_knows_none(pipeline, hopper_file, tmp_path):
+    """LC_ALL=C without UTF-8: data are prepared, the sweep is written; training, TensorBoard's end, is one line."""
+    folder = tmp_path / "r\u00e9sultats" / "\u65e5\u672c"
+    (folder / FOLDER2).mkdir(parents=True)
+    data = shutil.copy(hopper_file, folder / "donn\u00e9es.hdf5")
+    shutil.copy(pipeline.policy, folder / FOLDER2)
+    surroundings = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+    def go(script, *flags):
+        command = [sys.executable, ROOT / script, "--env", ENV, "--runs-dir", folder, *flags]
+        result = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=300)
+        return result.returncode, result.stdout, result.stderr
+
+    code, _, err = go("data/prepare.py", "--dataset-path", data)
+    assert code == 0 and err == "", err
+    code, _, err = go("evaluate_alignment.py", "--rollouts", "1", "--trajectories")
+    assert code == 0 and "Traceback" not in err, err
+    written = {path.name for path in (folder / FOLDER2).iterdir()}
+    assert {f"{stem}.{kind}" for stem in ("alignment", "behaviour") for kind in ("json", "csv", "png")} <= written
+    assert str(folder) in (folder / FOLDER2 / "alignment.csv").read_text(encoding="utf-8")
+    assert_one_line(go("pretrain_q.py", *TINY1), 2, "TensorBoard", "PYTHONUTF8=1")
+
+
+def test_numbers_are_written_before_pictures(copy_of, run_main, monkeypatch):
+    path = copy_of("policy")
+
+    def no_picture(*args):
+        raise MemoryError
+
+    for name, stem, flags in (("plot", "alignment", ()), ("plot_behaviour", "behaviour", ["--trajectories"])):
+        with monkeypatch.context() as patch:
+            patch.setattr(stage3, name, no_picture)
+            result = run_main(stage3, "--checkpoint", path, "--rollouts", 1, *flags)
+        assert_one_line(result, 1, "MemoryError")
+        assert json.loads((path.parent / f"{stem}.json").read_text())["step"] == 30
+        assert (path.parent / f"{stem}.csv").stat().st_size and not (path.parent / f"{stem}.png").exists()
+
+
+INTERRUPT = """
+import os, runpy, signal, sys
+
+class Interrupt:
+    module = sys.argv.pop(1)
+
+    def find_spec(self, name, path=None, target=None):
+        if name == self.module:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+def test_ctrl_c_while_modules_load_is_one_line(tmp_path):
+    """At the import of one module each: the first, one in the midst of torch, the last."""
+    where = {"pretrain_q.py": "filelock", "train_qalign_dt.py": "torch.nn.functional", "evaluate_alignment.py": "tyro"}
+    where |= {"transfer_cheetah_vel.py": "gymnasium", "data/prepare.py": "h5py"}
+    pipes, processes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path), {}
+    for script, module in where.items():
+        processes[script] = subprocess.Popen([sys.executable, "-c", INTERRUPT, module, ROOT / script], **pipes)
+    for script, process in processes.items():
+        out, err = process.communicate(timeout=300)
+        assert (process.returncode, out, err) == (130, "", "error: interrupted\n"), (script, err)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("script", ["pretrain_q", "train_qalign_dt", "evaluate_alignment", "transfer_cheetah_vel"])
+def test_ctrl_c_at_any_time_in_the_first_seconds_is_one_line(script, hopper_file, tmp_path):
+    """Once Python itself has started; then while modules load, while the data are read, in the first steps."""
+    flags = argv(hopper_file, tmp_path, *(TINY1 if script == "pretrain_q" else DT), "--total-steps", 10**6)
+    flags = flags if script in ("pretrain_q", "train_qalign_dt") else ["--runs-dir", str(tmp_path)]
+    for seconds in (0, 0.1, 0.3, 0.6, 1, 1.5, 2, 3):
+        command = [sys.executable, ROOT / f"{script}.py", *flags]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        maps = Path(f"/proc/{process.pid}/maps")
+        while "/numpy/" not in maps.read_text():  # a module after the handler
+            time.sleep(0.001)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        if flags[0] == "--runs-dir" and process.returncode == 2:  # it has come to its end: there is no policy
+            break
+        lines = [line for line in err.splitlines() if line.strip() and not re.search(r"\d+/\d+ \[", line)]
+        assert process.returncode == 130 and len(lines) == 1 and lines[0].startswith("error: interrupted"), (
+            seconds,
+            err,
+        )
 
 
 def test_bugs_keep_their_traceback():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import train_rvdt as rvdt
-from conftest import ENV, argv, call
+from conftest import ENV, argv, call, data_of
 
 import evaluate_alignment as stage3
 
@@ -140,9 +140,9 @@ def test_the_best_episodes(fraction, expected):
 
 @pytest.fixture
 def parts(hopper_file):
-    task = rvdt.parse_env(ENV)
-    data = rvdt.read_dataset(task, (str(hopper_file),))
-    return task, data, rvdt.Windows(data, task, 4, CPU)
+    data = data_of(ENV, hopper_file)
+    task = data.task
+    return task, data, rvdt.Windows(data, 4, CPU)
 
 
 def make(parts, **changes) -> rvdt.Training:
@@ -153,10 +153,8 @@ def make(parts, **changes) -> rvdt.Training:
 
 def test_duplication_draws_d_e_more_often(parts):
     learner = make(parts, rebalance="dup", alpha_w=3.0)
-    learner.in_best, learner.config = (
-        torch.tensor([True, False, False, False]),
-        SimpleNamespace(rebalance="dup", alpha_w=3.0, batch_size=70_000),
-    )
+    learner.in_best = torch.tensor([True, False, False, False])
+    learner.config = SimpleNamespace(rebalance="dup", alpha_w=3.0, batch_size=70_000)
     start = learner.draw()[:, 0]
     share = torch.bincount(start, minlength=4) / 70_000
     assert share.tolist() == pytest.approx([4 / 7, 1 / 7, 1 / 7, 1 / 7], abs=0.01)

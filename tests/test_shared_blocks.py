@@ -6,9 +6,7 @@ import re
 from shared_blocks import ROOT, STAGES, blocks, sources
 
 FOUND = {file: blocks(file) for file in STAGES}
-# what several files define, each in its own way; what stages 3 and the transfer take from a baseline is make_policy
-OWN = {"Args", "main", "resolve", "plot", "descend", "Config", "Block", "Policy", "make_policy", "Transitions"}
-OWN |= {"value_loss", "policy_loss", "Training"}
+OWN = {"Args", "main", "resolve", "plot", "Progress", "simulate"}  # what several files define, each in its own way
 
 
 def test_every_copy_of_a_block_is_the_same_text():
@@ -23,7 +21,8 @@ def test_every_marker_belongs_to_a_block_that_at_least_two_stages_share():
         assert sorted(markers) == sorted(2 * list(found)), f"{file}: a marker without its pair"
     for name in sources():
         assert sum(name in found for found in FOUND.values()) >= 2, f"block {name!r} is in one file only"
-    assert {"setup", "run", "task", "dataset", "policy", "critic", "rollout", "simulator", "results"} <= set(sources())
+    named = {"data", "dataset", "policy", "critic", "rollout", "results", "setup", "checks", "run", "environment"}
+    assert set(sources()) == named | {"correlation"}
 
 
 def test_what_two_stages_define_under_one_name_is_in_a_block():

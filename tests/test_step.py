@@ -8,38 +8,37 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY2, argv
+from conftest import ROOT, TINY2, argv, data_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pretrain_q as stage1
 import train_qalign_dt as stage2
 
 CPU = torch.device("cpu")
-TASK = stage2.parse_env("hopper-medium-test")
 
 
 @pytest.fixture(scope="module")
 def data(hopper_file):
-    return stage2.read_dataset(TASK, (str(hopper_file),))
+    return data_of("hopper-medium-test", hopper_file)
 
 
 def co_training(data, device=CPU, **changes) -> stage2.CoTraining:
     fields = dict(embed_dim=16, n_layer=2, n_head=2, context_len=4, batch_size=8, critic_width=16, total_steps=10)
     fields |= dict(actor_lr=1e-3, lambda_e=0.3, sigma_e=1.0, delta_rtg=0.5, max_push=0.3, rtg_range=(-1.0, 4.0))
-    fields |= dict(dropout=0.1, action_noise=0.3)
+    fields |= dict(dropout=0.1, action_noise=0.3, eval_context_len=0)
     config = stage2.Config(**(fields | changes))
-    return stage2.CoTraining(TASK, stage2.Windows(data, TASK, config.context_len, device), config)
+    return stage2.CoTraining(data.task, stage2.Windows(data, config.context_len, device), config)
 
 
 def pretraining(data, **changes) -> stage1.Pretraining:
     fields = dict(method="sarsa", total_steps=10, warm_start_steps=0, batch_size=8, critic_width=16, lr=1e-3)
     args = stage1.Args(**(fields | changes))
-    return stage1.Pretraining(TASK, stage1.Transitions(data, TASK, CPU, args.gamma), args)
+    return stage1.Pretraining(data.task, stage1.Transitions(data, CPU, args.gamma), args)
 
 
 def weights(learner) -> dict[str, torch.Tensor]:
     """Every parameter of a learner, cloned, as one flat vector per network."""
-    nets = {name: part for name, part in learner.parts.items() if isinstance(part, torch.nn.Module)}
+    nets = {name: part for name, part in learner.saved_state.items() if isinstance(part, torch.nn.Module)}
     return {name: torch.cat([p.detach().flatten() for p in net.parameters()]) for name, net in nets.items()}
 
 
@@ -78,13 +77,13 @@ def test_the_policy_is_trained_against_the_critic_just_updated(data):
     learner.policy.eval()  # no dropout, so the step can be repeated
     learner.set_learning_rates(0)
     policy, critic = copy.deepcopy(learner.policy), copy.deepcopy(learner.critic)
-    metrics = dict(zip(learner.metrics, learner.step().tolist(), strict=True))
+    metrics = dict(zip(stage2.METRICS, learner.step().tolist(), strict=True))
     generator = torch.Generator().manual_seed(learner.config.seed)
     batch = learner.windows.sample(8, generator)
-    q_loss = stage2.critic_loss(critic, critic, policy, batch, learner.config, generator)
+    q_loss = stage2.critic_loss(critic, critic, policy, batch, learner.gamma, learner.config, generator)
     assert metrics["q_loss"] == pytest.approx(q_loss.item(), rel=1e-4)
     with torch.no_grad():
-        a_hat, _ = policy(*batch[:5])
+        a_hat, _ = policy(*batch.inputs)
         old, new = (stage2.masked_mean(q(batch.obs, a_hat)[0], batch.valid).item() for q in (critic, learner.critic))
     assert metrics["q_mean"] == pytest.approx(new, rel=1e-5) and abs(old - new) > 1e-3 * abs(new)
 
@@ -122,7 +121,7 @@ def test_the_average_is_of_all_weights_so_far_then_forgets_at_its_rate(data):
     seen = []
     for step in range(1, 6):
         learner.step()
-        learner.follow(step)
+        learner.update_average(step)
         seen.append(weights(learner)["policy"])
         if step <= 3:
             torch.testing.assert_close(weights(learner)["average"], torch.stack(seen).mean(dim=0))
@@ -133,13 +132,13 @@ def test_the_average_is_of_all_weights_so_far_then_forgets_at_its_rate(data):
 
 def test_what_is_evaluated_and_saved_is_the_policy_or_its_average(data):
     plain, averaged = co_training(data), co_training(data, average=0.1)
-    assert plain.result is plain.policy and averaged.result is averaged.parts["average"]
-    plain.follow(1)  # nothing
-    assert "average" not in plain.parts and not averaged.result.training
+    assert plain.eval_policy is plain.policy and averaged.eval_policy is averaged.saved_state["average"]
+    plain.update_average(1)  # nothing
+    assert "average" not in plain.saved_state and not averaged.eval_policy.training
     config = stage2.Config(eval_rollouts=1, context_len=4)
     for learner in plain, averaged:
-        stage2.evaluate(learner.result, TASK, (10.0,), config, data)
-        assert learner.policy.training and learner.result.training == (learner is plain)
+        stage2.evaluate(learner.eval_policy, data, config)
+        assert learner.policy.training and learner.eval_policy.training == (learner is plain)
 
 
 # ---- one step of stage 1 ----
@@ -196,7 +195,7 @@ class Watch(TorchDispatchMode):
 def state_of(learner) -> dict[str, torch.Tensor]:
     """Every tensor that a step may change."""
     tensors = {}
-    for name, part in learner.parts.items():
+    for name, part in learner.saved_state.items():
         if isinstance(part, torch.nn.Module):
             tensors |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
             continue
@@ -276,9 +275,10 @@ def test_cuda_graph_warms_up_records_and_replays(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch.cuda, "stream", lambda s: Context("eager"))
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: Context("record"))
-    steps = stage2.cuda_graph(lambda: events.append("step") or len(events), torch.Generator())
+    learner = SimpleNamespace(step=lambda: events.append("step") or len(events), generator=torch.Generator())
+    step = stage2.cuda_graph(learner)
     assert events == []  # a resumed run restores its state in between
-    results = [next(steps) for _ in range(5)]
+    results = [step() for _ in range(5)]
     assert events == ["eager", "step"] * 3 + ["register", "record", "step", "replay", "replay"]
     assert results[:3] == [2, 4, 6] and results[3] == results[4] == 9  # the recorded result, which a replay overwrites
 
@@ -291,7 +291,7 @@ def test_cuda_graph_steps_equal_eager_ones(bf16, data):
     losses, results = [], []
     for graph in (False, True):
         learner = co_training(data, torch.device("cuda"), bf16=bf16)
-        step = stage2.cuda_graph(learner.step, learner.generator).__next__ if graph else learner.step
+        step = stage2.cuda_graph(learner) if graph else learner.step
         history = []
         for i in range(8):
             learner.set_learning_rates(i)
@@ -343,6 +343,6 @@ def test_compiled_steps_agree_with_eager_ones(data):
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=1e-5)
     for name in results[0]:
         torch.testing.assert_close(results[1][name], results[0][name], rtol=0, atol=1e-4)
-    assert type(learner.nets["policy"]) is not type(learner.policy)  # it is compiled
+    assert type(learner.compiled["policy"]) is not type(learner.policy)
     learner.policy.train()  # with dropout the numbers are others, but of the same size
     torch.testing.assert_close(learner.step()[:3], losses[0][1][:3], rtol=0.5, atol=0.1)

@@ -427,12 +427,12 @@ def test_a_study_from_data_to_table(data, main, tmp_path, monkeypatch):
     """Q-Align DT as it is, and a DT whose folder holds something else, which fails."""
     monkeypatch.setitem(studies.STUDIES, "components", studies.STUDIES["components"][:2])
     name, bad = f"{ENV}__train_qalign_dt__1", f"{ENV}__dt__1"
-    Path("runs", bad).mkdir(parents=True)
-    Path("runs", bad, "resume.pt").write_text("not a checkpoint")
+    Path("runs/noise", bad).mkdir(parents=True)
+    Path("runs/noise", bad, "resume.pt").write_text("not a checkpoint")
     argv = f"components --env {ENV} --dataset-path {data} --seeds 1 --workers 2 --rollouts 1".split()
     argv += ["--results-dir", "results", f"--critic-flags={CRITIC}", f"--train-flags={TRAIN}"]
     code, out, err = main(*argv)
-    said = f"runs/{bad}/resume.pt: damaged, or not a checkpoint of train_qalign_dt.py (log: runs/logs/{bad}.log)"
+    said = f"runs/noise/{bad}/resume.pt: damaged, or not a checkpoint of train_qalign_dt.py (log: runs/noise/logs/{bad}.log)"
     assert (code, err.splitlines()) == (
         1,
         [
@@ -441,12 +441,14 @@ def test_a_study_from_data_to_table(data, main, tmp_path, monkeypatch):
         ],
     )
     assert out.startswith("2 runs, 0 of them finished before")
-    assert sorted(out.splitlines()[1:]) == sorted(
+    (data_line,) = [line for line in out.splitlines() if "dataset.pt" in line]
+    assert "240 transitions, 20 episodes" in data_line
+    assert sorted(set(out.splitlines()[1:]) - {data_line}) == sorted(
         [f"{name}: starts", f"{bad}: starts", f"{name}: finished", f"components: results/studies/noise/components.md"]
     )
     record = json.loads(Path(f"results/records/noise/{name}.json").read_text())
-    assert record["alignment"] == json.loads(Path(f"runs/{name}/alignment.json").read_text())
-    assert record["critic"] == json.loads(Path(f"runs/{ENV}__pretrain_q__1/report.json").read_text())
+    assert record["alignment"] == json.loads(Path(f"runs/noise/{name}/alignment.json").read_text())
+    assert record["critic"] == json.loads(Path(f"runs/noise/{ENV}__pretrain_q__1/report.json").read_text())
     assert all(record["seconds"][stage] > 0 for stage in ("critic", "training", "sweep"))
     scripts = [command.split()[1] for command in record["commands"]]
     assert scripts == ["pretrain_q.py", "train_qalign_dt.py", "evaluate_alignment.py"]

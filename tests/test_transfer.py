@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from conftest import task_of
 from PIL import Image
 
 import train_qalign_dt
@@ -34,19 +35,19 @@ class HalfCheetahVel(gymnasium.Wrapper):
 
 def save_policy(path, env=ENV, seed=0, lambda_e=0.0):
     """A checkpoint of stage 2 with random weights, large enough to move the body in many ways."""
-    task = transfer.parse_env(env)
+    task = task_of(env)
     config = dict(embed_dim=16, n_layer=1, n_head=2, max_timestep=1000, context_len=4, conv=lambda_e > 0)
-    config |= dict(max_push=0.3, action_noise=0.3, dropout=0.0, alignment="one-sided")
-    config |= dict(lambda_e=lambda_e, state_loss=lambda_e > 0, seed=1, total_steps=5, critic_width=8, gamma=0.99)
+    config |= dict(max_push=0.3, action_noise=0.3, dropout=0.0, alignment="one-sided", average=0.0)
+    config |= dict(lambda_e=lambda_e, state_loss=lambda_e > 0, seed=1, total_steps=5, critic_width=8)
+    config |= dict(eval_context_len=0)
     torch.manual_seed(seed)
     policy = transfer.make_policy(task, config, bf16=False)
     for p in policy.parameters():
         torch.nn.init.normal_(p, std=0.4)
-    data = dict(label="tiny data", is_d4rl=False, digest="0123456789abcdef")
-    content = dict(stage="train_qalign_dt", env=env, config=config, step=5, data=data)
+    content = dict(stage="train_qalign_dt", task=vars(task), config=config, gamma=0.99, step=5)
     content |= dict(obs_mean=torch.full((task.obs_dim,), 0.1), obs_std=torch.full((task.obs_dim,), 1.5))
-    content |= dict(episode_returns=torch.tensor([-50.0, 900.0]))
-    path.parent.mkdir(exist_ok=True)
+    content |= dict(episode_returns=torch.tensor([-50.0, 900.0], dtype=torch.float64))
+    path.parent.mkdir(parents=True, exist_ok=True)
     train_qalign_dt.save_checkpoint(path, content | dict(policy=policy.state_dict(), critic=None))
     return path
 
@@ -99,6 +100,23 @@ def test_tasks_are_the_benchmarks():
     assert args.budgets == (40,) and args.calibration == ("two-point",) and args.velocities == "held-out"
 
 
+@pytest.mark.parametrize("env_id", ["HalfCheetah-v4", "HalfCheetah-v5"])
+def test_the_simulator_equals_gymnasium(env_id):
+    """Three episodes in lockstep: all that a step returns, to 1e-10."""
+    env = transfer.make_env(env_id)
+    simulator, rng = transfer.simulate(SimpleNamespace(env_id=env_id), [4, 5, 6]), np.random.default_rng(0)
+    actions = rng.uniform(-0.3, 0.3, (40, 3, 6))
+    got = [(simulator.observe(np.arange(3)), *simulator.step(np.arange(3), action)) for action in actions]
+    for i in range(3):
+        observation, _ = env.reset(seed=4 + i)
+        for t in range(40):
+            before, after, reward, ended, velocity = (x[i] for x in got[t])
+            np.testing.assert_allclose(before, observation, rtol=0, atol=1e-10)
+            observation, *expected, info = env.step(actions[t, i])
+            np.testing.assert_allclose(after, observation, rtol=0, atol=1e-10)
+            assert (reward, velocity) == pytest.approx((expected[0], info["x_velocity"]), abs=1e-10) and not ended
+
+
 def test_training_reward_by_hand():
     velocity, action = np.array([2.0, -1.0]), np.array([[1.0, -1.0], [0.0, 0.5]])
     assert transfer.training_reward(velocity, action).tolist() == pytest.approx([2.0 - 0.1, -1.0 - 0.0125])
@@ -111,7 +129,7 @@ def test_return_velocity_and_tracking_error_by_hand(monkeypatch):
 
     def rollout(trained, targets, seeds, horizon, what, reward_function):
         requested.append((targets.tolist(), seeds.tolist(), horizon, reward_function))
-        return transfer.Rollouts(None, None, v + cost, v, None, None, None)
+        return transfer.Rollouts(None, np.full(4, 3), v + cost, v, None, None, None)
 
     monkeypatch.setattr(transfer, "rollout", rollout)
     got = transfer.episodes(None, np.array([2.0, 0.5]), np.array([100.0, 200.0]), np.array([7, 9]), 3, "test")
@@ -254,10 +272,10 @@ def test_a_baselines_policy_is_transferred_too(runs, command, tmp_path):
     """Beside a DT, by the network that its own script defines."""
     import train_radt
 
-    task, content = transfer.parse_env(ENV), torch.load(runs.dt, weights_only=True)
+    task, content = task_of(ENV), torch.load(runs.dt, weights_only=True)
     content["config"] = dict(embed_dim=16, n_layer=1, n_head=2, max_timestep=1004, context_len=4, seed=1, total_steps=5)
     content["config"] |= dict(seqra=True, stepra=True, alpha=True, rtg_tokens=False, method="RADT")
-    content |= dict(stage="train_radt", policy=train_radt.make_policy(task, content["config"]).state_dict())
+    content |= dict(stage="train_radt", policy=train_radt.make_policy(task, content["config"], False).state_dict())
     train_qalign_dt.save_checkpoint(tmp_path / "policy.pt", content)
     code, _, err = command("--checkpoint", tmp_path / "policy.pt", "--compare", runs.dt, *QUICK)
     assert code == 0, err
@@ -275,10 +293,10 @@ def test_a_baselines_policy_is_transferred_too(runs, command, tmp_path):
     ],
 )
 def test_velocities_and_steps(flags, stem, steps, velocities, runs, command):
-    best = save_policy(runs.folder / "best" / "policy_best.pt")
-    code, _, err = command("--checkpoint", best, *flags, *QUICK, "--rollouts", 1)
+    own = save_policy(runs.folder / "own" / "policy.pt")
+    code, _, err = command("--checkpoint", own, *flags, *QUICK, "--rollouts", 1)
     assert code == 0, err
-    result = json.loads((best.parent / f"{stem}_best.json").read_text())
+    result = json.loads((own.parent / f"{stem}.json").read_text())
     (one,) = result["results"]
     assert result["steps"] == steps and [row["velocity"] for row in one["velocities"]] == list(velocities)
     assert [end["velocity"] for end in one["ends"]] == ([1.0, 12.0] if "--extended" in flags else [0.075, 3.0])
@@ -287,10 +305,10 @@ def test_velocities_and_steps(flags, stem, steps, velocities, runs, command):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--checkpoint", "HOPPER"], "is a policy of hopper; HalfCheetah-Vel needs one of halfcheetah"),
-        (["--compare", "HOPPER"], "is a policy of hopper"),
+        (["--checkpoint", "HOPPER"], "is a policy of Hopper-v4; HalfCheetah-Vel needs one of HalfCheetah"),
+        (["--compare", "HOPPER"], "is a policy of Hopper-v4"),
         (["--env", "halfcheetah-medium-v2"], "was trained on --env halfcheetah-medium-expert-tiny"),
-        (["--env", "halfcheeta-mini"], "unknown --env 'halfcheeta-mini': did you mean halfcheetah-mini"),
+        (["--checkpoint", "", "--runs-dir", "RUNS", "--env", "halfcheeta-mini"], f"; runs there: {ENV}__dt__1, "),
         (["--checkpoint", "missing.pt"], "missing.pt: No such file"),
         (["--budgets", 40, 1], "--budgets 1: must be between 2"),
         (["--velocities", 1.0, -0.5], "--velocities -0.5: must be between 0"),
@@ -306,7 +324,7 @@ def test_velocities_and_steps(flags, stem, steps, velocities, runs, command):
     ],
 )
 def test_bad_input_is_one_message_and_writes_nothing(flags, message, runs, command):
-    names, before = {"HOPPER": runs.hopper}, files(runs.folder)
+    names, before = {"HOPPER": runs.hopper, "RUNS": runs.folder}, files(runs.folder)
     where = [] if "--checkpoint" in flags else ["--checkpoint", runs.dt]
     code, out, err = command(*where, *(names.get(x, x) for x in flags))
     assert code == 2 and out == "" and message in " ".join(err.replace("│", "").split())
@@ -316,7 +334,8 @@ def test_bad_input_is_one_message_and_writes_nothing(flags, message, runs, comma
 
 def test_default_is_the_embedded_dataset(tmp_path, command):
     code, _, err = command("--runs-dir", tmp_path)
-    assert code == 2 and f"{tmp_path}/halfcheetah-mini__train_qalign_dt__1/policy.pt: No such file" in err
+    assert code == 2 and f"no policy at {tmp_path}/halfcheetah-mini__train_qalign_dt__1/policy.pt" in err
+    assert "; runs there: none\n" in err
 
 
 class FakeRenderer:

@@ -3,18 +3,21 @@
 import numpy as np
 import pytest
 import torch
+import train_qt as qt
 import train_vdt as vdt
 import tune_vdt as tune
-from conftest import ENV, argv, call
+from conftest import ENV, argv, by_hand, call, data_of, write_hdf5
+from test_qt import TINY as QT_TINY
 from test_vdt import TINY
 
 import evaluate_alignment as stage3
+import train_qalign_dt as stage2
 
 CPU = torch.device("cpu")
 ONLINE = "--device cpu --env-steps 400 --updates 3 --eval-rollouts 1 --eval-every 2 --capacity 20".split()
 
 
-def dataset(returns, lengths=None) -> tune.Dataset:
+def dataset(returns, lengths=None):
     """Episodes of these returns: all of it in the first reward; the observation is the episode's index."""
     lengths = np.array(lengths or [2] * len(returns))
     ends, N = np.cumsum(lengths), int(np.sum(lengths))
@@ -22,7 +25,7 @@ def dataset(returns, lengths=None) -> tune.Dataset:
     rewards[ends - lengths] = returns
     obs = np.repeat(np.arange(len(returns), dtype=np.float32), lengths)[:, None]
     terminals = np.isin(np.arange(N), ends - 1)
-    return tune.Dataset(obs, np.zeros((N, 1), np.float32), rewards, terminals, ends, "by hand", False)
+    return by_hand(obs, np.zeros((N, 1), np.float32), rewards, terminals, ends)
 
 
 def trajectory(ret, length=2):
@@ -50,8 +53,7 @@ def test_a_buffer_that_is_not_full_grows_first():
 def test_every_stored_transition_starts_a_window_equally_often():
     offline = dataset([1.0, 2], [2, 6])
     data = tune.Buffer(offline, 5).dataset(offline)
-    task = tune.parse_env("hopper-mini")
-    windows = tune.Windows(data, task, 3, CPU)
+    windows = stage2.Windows(data, 3, CPU)
     batch = windows.sample(80_000, torch.Generator().manual_seed(0))
     first = batch.valid.int().argmax(dim=1, keepdim=True)
     episode, t = batch.obs.gather(1, first[..., None]).squeeze(), batch.timestep.gather(1, first).squeeze(1)
@@ -84,10 +86,11 @@ class Asked(torch.nn.Module):
 
 
 def test_a_rollout_is_gymnasiums_and_its_noise_is_clipped():
-    task, offline = tune.parse_env("hopper-mini"), tune.read_dataset(tune.parse_env("hopper-mini"), ())
+    offline = data_of("hopper-mini")
+    task = offline.task
     policy, generator = Asked(), torch.Generator().manual_seed(1)
     obs, act, reward, terminal = tune.run_episode(policy, task, 3, 500.0, offline, 7, noise=0.1, generator=generator)
-    env = tune.make_env("Hopper-v4")
+    env = stage2.make_env("Hopper-v4")
     observation, total = env.reset(seed=7)[0], 0.0
     for t in range(len(reward)):
         assert np.allclose(obs[t], observation, atol=1e-5)
@@ -99,6 +102,11 @@ def test_a_rollout_is_gymnasiums_and_its_noise_is_clipped():
     rtg, actions, timestep, valid = policy.seen[1]
     assert valid.tolist() == [False, True, True] and timestep.tolist() == [0, 0, 1]
     assert actions[1].tolist() == act[0].tolist() and not actions[2].any()
+
+
+@pytest.mark.parametrize("best, request_, asked", [(100, 1.2, 120), (-100, 1.2, -80), (-100, 1, -100), (0, 1.2, 0)])
+def test_more_than_the_best_is_asked_for_also_below_zero(best, request_, asked):
+    assert tune.asked_return(best, request_) == pytest.approx(asked)
 
 
 # ---- files and command lines
@@ -150,7 +158,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(tuned, run_main, hopper_file
         ours, whole = (torch.load(f / f"{ENV}__tune_vdt__1" / name, weights_only=True) for f in (tmp_path, runs))
         for part in ("policy", "critic", "value"):
             assert all(torch.equal(x, whole[part][key]) for key, x in ours[part].items()), (name, part)
-    slots = ours["counters"]["buffer"]["slots"], whole["counters"]["buffer"]["slots"]
+    slots = ours["buffer"]["slots"], whole["buffer"]["slots"]
     assert all(torch.equal(x[2], y[2]) for x, y in zip(*slots)) and len(slots[0]) == len(slots[1])
 
 
@@ -161,14 +169,33 @@ def test_a_dt_is_tuned_by_imitation_alone(pipeline, run_main, hopper_file, tmp_p
     assert new["config"]["method"] == "DT, tuned online" and new["critic"] is None
 
 
+def test_data_of_negative_returns_only(run_main, hopper_arrays, tmp_path):
+    """As halfcheetah-random-v2's: VDT and QT train, VDT is tuned."""
+    obs, act, rewards, terminals, timeouts = hopper_arrays
+    file = write_hdf5(tmp_path / "negative.hdf5", obs, act, -1 - np.abs(rewards), terminals, timeouts)
+    for script, flags in ((vdt, TINY), (tune, ONLINE[:-2]), (qt, [*QT_TINY, "--critic", "none"])):
+        code, out, err = run_main(script, *argv(file, tmp_path, *flags))
+        assert code == 0, out + err
+
+
+def test_an_antmaze_is_tuned_too(run_main, antmaze_file, tmp_path):
+    own = ["--env", "antmaze-umaze-tiny", "--dataset-path", antmaze_file, "--runs-dir", tmp_path]
+    assert run_main(vdt, *own, *TINY)[0] == 0
+    code, _, err = run_main(tune, *own, *ONLINE, "--env-steps", 1, "--eval-every", 0)
+    assert code == 0, err
+    content = torch.load(tmp_path / "antmaze-umaze-tiny__tune_vdt__1" / "resume.pt", weights_only=True)
+    obs, _, rewards, terminal = content["buffer"]["slots"][0]
+    assert obs.shape[1] == 29 and len(rewards) <= 700 and terminal == (rewards[-1] > 0)
+
+
 def test_bad_input_is_one_line(tuned, pipeline, run_main, hopper_file, tmp_path):
     runs, _ = tuned
     for flags, said in (
         (["--checkpoint", pipeline.policy], "of Q-Align DT"),
         (["--checkpoint", tmp_path / "none.pt"], "No such file"),
         (["--env", "hopper-expert-tiny", "--checkpoint", pipeline.dt], "was trained on --env"),
-        (["--env", "antmaze-umaze-tiny"], "no simulator of AntMaze"),
         (["--env-steps", "0"], "--env-steps"),
     ):
         code, out, err = run_main(tune, *argv(hopper_file, tmp_path / "runs", *ONLINE, *flags))
-        assert code == 2 and said in out + err and not (tmp_path / "runs").exists(), (said, err)
+        runs = [p.name for p in (tmp_path / "runs").glob("*")]
+        assert code == 2 and said in out + err and all(name.endswith("__data") for name in runs), (said, err)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 import train_vdt as vdt
-from conftest import ENV, argv, call
+from conftest import ENV, argv, call, data_of, task_of
 from torch import nn
 
 import evaluate_alignment as stage3
+import train_qalign_dt as stage2
 
 CPU = torch.device("cpu")
 TINY = (
@@ -105,12 +106,12 @@ def test_weights_are_clipped_and_padding_does_not_count():
 
 @pytest.fixture
 def learner(hopper_file):
-    task = vdt.parse_env(ENV)
-    data = vdt.read_dataset(task, (str(hopper_file),))
+    data = data_of(ENV, hopper_file)
+    task = data.task
     values = dict(embed_dim=16, n_layer=1, n_head=2, context_len=4, batch_size=8, critic_width=16)
     values |= dict(value_steps=20, warm_start_steps=10, total_steps=15, model_steps=10, precision="fp32")
     config = vdt.resolve(vdt.Args(**values), task, data, CPU)
-    return vdt.Training(task, data, vdt.Windows(data, task, 4, CPU), config)
+    return vdt.Training(task, data, vdt.Windows(data, 4, CPU), config)
 
 
 def test_each_phase_moves_its_own_networks(learner):
@@ -127,41 +128,36 @@ def test_each_phase_moves_its_own_networks(learner):
 
 
 def test_whole_returns_come_first_then_n_steps(learner, monkeypatch):
-    seen = []
-    whole, n_step = learner.rows.targets
-    assert not torch.equal(whole[0], n_step[0])
-    for name, targets in (("whole", whole), ("n_step", n_step)):
-
-        class Watched(list):
-            def __iter__(self, name=name):
-                seen.append(name)
-                return super().__iter__()
-
-        learner.rows.targets[name == "n_step"] = Watched(targets)
-    for step in (9, 10):
-        learner.step(step)
-    assert seen == ["whole", "n_step"]
+    """Huge targets of one kind are seen in the loss exactly where that kind is used."""
+    rows = learner.rows
+    assert not torch.equal(rows.whole.sums, rows.n_step.sums)
+    for step, used in ((9, "whole"), (10, "n_step")):
+        for name in ("whole", "n_step"):
+            with monkeypatch.context() as m:
+                targets = getattr(rows, name)
+                m.setattr(rows, name, targets._replace(sums=targets.sums + 1e6))
+                assert (learner.step(step)[0] > 1e10) == (name == used)
 
 
 def test_rewards_are_scaled_as_iql_does(learner, hopper_file):
     """1000 / (highest return - lowest), in the targets of both kinds."""
-    data = vdt.read_dataset(vdt.parse_env(ENV), (str(hopper_file),))
+    data = data_of(ENV, hopper_file)
     scale = 1000 / (data.returns.max() - data.returns.min())
     assert learner.config.reward_scale == pytest.approx(scale) and learner.config.expectile == 0.7
     ended = data.terminals[data.ends - 1]
-    for n, targets in zip((10**6, learner.config.n_step), learner.rows.targets):
+    for n, targets in zip((10**6, learner.config.n_step), (learner.rows.whole, learner.rows.n_step)):
         sums = vdt.n_step_sums(data.rewards * scale, data.ends, ended, n, 0.99)[0]
-        torch.testing.assert_close(targets[0], torch.as_tensor(sums), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(targets.sums, torch.as_tensor(sums), rtol=1e-4, atol=1e-3)
 
 
 def test_antmazes_critic_sees_r_minus_1_unscaled(antmaze_file):
-    task = vdt.parse_env("antmaze-umaze-tiny")
-    data = vdt.read_dataset(task, (str(antmaze_file),))
+    data = data_of("antmaze-umaze-tiny", antmaze_file)
+    task = data.task
     args = vdt.Args(embed_dim=16, n_layer=1, n_head=2, context_len=4, critic_width=16, n_step=1)
     config = vdt.resolve(args, task, data, CPU)
-    learner = vdt.Training(task, data, vdt.Windows(data, task, 4, CPU), config)
+    learner = vdt.Training(task, data, vdt.Windows(data, 4, CPU), config)
     assert (config.reward_scale, config.expectile) == (1.0, 0.9)
-    sums = learner.rows.targets[1][0]
+    sums = learner.rows.n_step.sums
     assert torch.equal(sums[learner.rows.usable], torch.as_tensor(data.rewards - 1)[learner.rows.usable])
 
 
@@ -307,6 +303,15 @@ def test_plan_is_refused_in_a_sweep_and_without_a_model(trained, pipeline, run_m
     assert code == 2 and "no model to plan in" in err and err.count("\n") == 1
 
 
+def test_candidates_straddle_the_best_return_also_below_zero(trained):
+    content = torch.load(trained / "policy.pt", weights_only=True)
+    task, policy = stage2.Task(**content["task"]), nn.Linear(1, 1)
+    for best in (100.0, -100.0):
+        content["config"]["best_return"] = best
+        offsets = vdt.make_planner(task, content, policy).offsets
+        assert offsets.tolist() == pytest.approx([-0.05, -0.025, 0, 0.02, 0.05])
+
+
 @pytest.mark.parametrize("at", [7, 27, 40], ids=["values", "policy", "model"])
 def test_killed_in_any_phase_and_resumed_ends_with_the_same_bits(
     at, trained, run_main, hopper_file, tmp_path, monkeypatch
@@ -344,8 +349,8 @@ def test_paper_and_small_presets():
     data = SimpleNamespace(lengths=np.array([20]), returns=np.array([0.0, 100.0]))
 
     def sizes(env):
-        config = vars(vdt.resolve(vdt.Args(env=env), vdt.parse_env(env), data, CPU))
-        return [config[name] for name in vdt.SIZES]
+        config = vars(vdt.resolve(vdt.Args(env=env), task_of(env), data, CPU))
+        return [config[name] for name in vdt.PAPER]
 
     assert sizes("hopper-medium-v2") == [100_000, 256, 6, 4, 20, 256, 3e-4, 1_000_000, 0, 256, 50_000, 0.1, 3.0]
     assert sizes("walker2d-mini") == [5_000, 64, 2, 2, 10, 64, 1e-3, 10_000, 9_000, 128, 5_000, 0.0, 0.3]
