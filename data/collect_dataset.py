@@ -23,17 +23,18 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 import tempfile
-import threading
 import warnings
-import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import filelock
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # while modules load
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"error: interrupted\n"), os._exit(130)))
+
 import gymnasium
 import h5py
 import numpy as np
@@ -43,28 +44,59 @@ import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # stage 2, for how a run is kept and resumed
+from train_qalign_dt import (
+    Log,
+    check_args,
+    check_finite,
+    claim,
+    ema_update,
+    fail,
+    load_checkpoint,
+    load_own,
+    one_line,
+    progress_bar,
+    restore,
+    run,
+    save_checkpoint,
+    save_resume,
+    write_file,
+)
+
+HORIZON = 1000  # steps after which Gymnasium cuts an episode
 Quality = Literal["random", "medium-replay", "medium", "expert", "medium-expert", "mini"]
 
 
 @dataclass(frozen=True)
 class Args:
-    env_id: str = "Hopper-v4"  # of Gymnasium; the other stages know v4 of Hopper, HalfCheetah, Walker2d and Ant
-    seed: int = 1  # seed of the networks, the actions and the episodes
-    # which files to write; the training is the same for all
+    env_id: str = "Hopper-v4"
+    """of Gymnasium; <body>-... names of the other stages know v4 of Hopper, HalfCheetah, Walker2d and Ant"""
+    seed: int = 1
+    """seed of the networks, the actions and the episodes"""
     qualities: tuple[Quality, ...] = ("random", "medium-replay", "medium", "expert", "medium-expert")
-    transitions: int = 1_000_000  # at least so many per policy, in whole episodes (mini: at most so many in the file)
-    total_steps: int = 1_000_000  # environment steps of training; raise it to continue a finished run
-    medium_return: float | None = None  # raw return that makes a policy "medium" (default: a third of the expert's)
-    eval_every: int | None = None  # training steps between two evaluations, whose policies are kept (default: 5,000)
-    # mini: of each bin of returns, the episodes of the steadiest reward come first: a return then means one speed, and
-    # not as well a sprint and a fall
+    """which files to write; the training is the same for all"""
+    transitions: int = 1_000_000
+    """at least this many per policy, in whole episodes (mini: at most this many in the file)"""
+    total_steps: int = 1_000_000
+    """environment steps of training; raise it to continue a finished run"""
+    medium_return: float | None = None
+    """raw return that makes a policy "medium" (default: a third of the expert's)"""
+    eval_every: int | None = None
+    """training steps between two evaluations, whose policies are kept (default: 5,000)"""
     steady: bool = False
-    num_envs: int = 8  # environments that train in lockstep
-    # D4RL's files, or Minari's datasets local/<body>/<quality>-v0 where Minari keeps them (pip install 'minari[hdf5]')
+    """mini: of each bin of returns, the episodes of the steadiest reward come first: a return then means one speed, and
+    not as well a sprint and a fall"""
+    num_envs: int = 8
+    """environments that train in lockstep"""
     format: Literal["hdf5", "minari"] = "hdf5"
-    out_dir: str = ""  # folder of the datasets (default: this script's own, where the other stages look for them)
-    runs_dir: str = "runs"  # folder of all runs
-    exp_name: str = "collect_dataset"  # name of this experiment; the run is in <runs-dir>/<env-id>__<exp-name>__<seed>
+    """D4RL's files, or Minari's datasets local/<body>/<quality>-v0 where Minari keeps them (pip install
+    'minari[hdf5]')"""
+    out_dir: str = ""
+    """folder of the datasets (default: this script's own, where the other stages look for them)"""
+    runs_dir: str = "runs"
+    """folder of all runs"""
+    exp_name: str = "collect_dataset"
+    """name of this experiment; the run is in <runs-dir>/<env-id>__<exp-name>__<seed>"""
 
     def __post_init__(self):
         check_args(self, {"transitions": 1, "total_steps": START + EVAL_EVERY, "num_envs": 1, "medium_return": -1e9})
@@ -184,7 +216,9 @@ class SAC:
         self.log_alpha = nn.Parameter(torch.zeros(()))
         nets = dict(actor=self.actor, critic=self.critic, alpha=nn.ParameterList([self.log_alpha]))
         self.opts = {k: torch.optim.Adam(net.parameters(), lr=LR[k], fused=True) for k, net in nets.items()}
-        self.parts = nets | {f"{k}_opt": opt for k, opt in self.opts.items()} | {"target_critic": self.target_critic}
+        self.saved_state = (
+            nets | {f"{k}_opt": opt for k, opt in self.opts.items()} | {"target_critic": self.target_critic}
+        )
 
     def step(self, replay: np.ndarray, num_envs: int) -> torch.Tensor:
         """One gradient step of all; returns the values of `metrics`, and a 1 that counts them (5,)."""
@@ -199,21 +233,21 @@ class SAC:
             y = reward + GAMMA * ~terminal * q_next
         q = q_values(self.critic, obs, act)
         q_loss = (~timeout * (q - y) ** 2).mean(dim=1).sum()  # at a timeout the buffer has no s'
-        descend(self.opts["critic"], q_loss)
+        update(self.opts["critic"], q_loss)
 
         self.critic.requires_grad_(False)
         act, log_pi = self.actor(obs, self.generator)
         actor_loss = (self.log_alpha.exp().detach() * log_pi - q_values(self.critic, obs, act).amin(dim=0)).mean()
-        descend(self.opts["actor"], actor_loss)
+        update(self.opts["actor"], actor_loss)
         self.critic.requires_grad_(True)
 
         # raises alpha while the policy's entropy is below its target, -act_dim
-        descend(self.opts["alpha"], -self.log_alpha.exp() * (log_pi.detach().mean() - act.shape[1]))
+        update(self.opts["alpha"], -self.log_alpha.exp() * (log_pi.detach().mean() - act.shape[1]))
         ema_update(self.target_critic, self.critic, TAU)
         return torch.stack((q_loss, actor_loss, q[0].mean(), self.log_alpha.exp(), torch.ones(()))).detach()
 
 
-def descend(opt: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+def update(opt: torch.optim.Optimizer, loss: torch.Tensor) -> None:
     opt.zero_grad()
     loss.backward()
     opt.step()
@@ -248,57 +282,48 @@ def main() -> None:
         fail(f"--out-dir {out_dir}: cannot write there; choose another")
     folder = Path(args.runs_dir) / f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}"
 
-    with claim(folder) as stack:
-        learner = SAC(envs.obs.shape[1], envs.low, envs.high, args.seed)
+    with claim(folder):
+        learner, done = SAC(envs.obs.shape[1], envs.low, envs.high, args.seed), Progress()
         sums = torch.zeros(len(learner.metrics) + 1)  # of learner.step() since the last row of metrics.csv
-        step, rows, returns, checksum = 0, [], [], 0  # rows: of metrics.csv; returns: of evaluations.csv
         if state := load_own(folder / "resume.pt", "collect_dataset", identity):
-            names = ("step", "rows", "returns", "checksum")
-            step, rows, returns, checksum = restore(state, folder / "resume.pt", learner, sums, 10**9, names)
-        replay = np.zeros(max(args.total_steps, step) + n, envs.row)
-        load_replay(folder / "replay.bin", replay[:step], checksum)
-        if 0 < step < args.total_steps:
-            envs.replay(replay[:step].reshape(-1, n))
-        print(f"{folder}: SAC on {args.env_id}, {n} environments in lockstep, step {step:,} of {args.total_steps:,}")
-        metrics, evaluations = Log(folder, "metrics", rows), Log(folder, "evaluations", returns)
-        bar = tqdm(
-            total=args.total_steps,
-            initial=step,
-            unit="step",
-            desc=f"SAC {args.env_id}",
-            dynamic_ncols=True,
-            disable=None,
-        )
-        stack.enter_context(bar)
-        every = args.eval_every or EVAL_EVERY
-        while True:
-            if step % every < n and (not returns or returns[-1]["step"] < step):  # first the untrained policy
-                episodes = record(learner.actor, args, None, episodes=EVAL_EPISODES)
-                evaluations.write({"step": step, "return": float(episode_returns(episodes).mean())})
-                policy = dict(stage="collect_dataset", config=identity, actor=learner.actor.state_dict())
-                save_checkpoint(folder / f"policy_{step}.pt", policy)
-                bar.set_postfix_str(f"return {returns[-1]['return']:.0f}, best {max(r['return'] for r in returns):.0f}")
-            if step % every < n or step >= args.total_steps:
-                checksum = save_replay(folder / "replay.bin", replay[:step])
-                counters = dict(step=step, rows=rows, returns=returns, checksum=checksum)
-                save_resume(folder, dict(stage="collect_dataset", config=identity, counters=counters), learner, sums)
-            if step >= args.total_steps:
-                break
-            if step < START:
-                uniform = torch.rand(n, len(envs.low), generator=learner.generator).numpy()
-                actions = envs.low + (envs.high - envs.low) * uniform
-            else:
-                actions = learner.actor.act(envs.obs, learner.generator)
-            replay[step : step + n] = envs.step(actions)
-            step += n
-            bar.update(n)
-            for _ in range(n if step > START else 0):
-                sums += learner.step(replay[:step], n)
-            if step % LOG_EVERY < n and sums[-1] > 0:
-                check_finite(learner, sums, step)
-                metrics.write({"step": step, **dict(zip(learner.metrics, (sums / sums[-1]).tolist()))})
-                sums.zero_()
-        bar.close()
+            done = restore(state, folder / "resume.pt", learner, sums, 10**9, Progress)
+        replay = np.zeros(max(args.total_steps, done.step) + n, envs.row)
+        load_replay(folder / "replay.bin", replay[: done.step], done.checksum)
+        if 0 < done.step < args.total_steps:
+            envs.replay(replay[: done.step].reshape(-1, n))
+        where = f"step {done.step:,} of {args.total_steps:,}"
+        print(f"{folder}: SAC on {args.env_id}, {n} environments in lockstep, {where}")
+        metrics, evaluations = Log(folder, "metrics", done.rows), Log(folder, "evaluations", done.returns)
+        every, step = args.eval_every or EVAL_EVERY, done.step
+        with progress_bar(args.total_steps, step, f"SAC {args.env_id}") as bar:
+            while True:
+                if step % every < n and (not done.returns or done.returns[-1]["step"] < step):  # first: untrained
+                    episodes = record(learner.actor, args, None, episodes=EVAL_EPISODES)
+                    evaluations.write({"step": step, "return": float(episode_returns(episodes).mean())})
+                    policy = dict(stage="collect_dataset", config=identity, actor=learner.actor.state_dict())
+                    save_checkpoint(folder / f"policy_{step}.pt", policy)
+                    best = max(row["return"] for row in done.returns)
+                    bar.set_postfix_str(f"return {done.returns[-1]['return']:.0f}, best {best:.0f}")
+                if step % every < n or step >= args.total_steps:
+                    done.step, done.checksum = step, save_replay(folder / "replay.bin", replay[:step])
+                    save_resume(folder, dict(stage="collect_dataset", config=identity), learner, sums, done)
+                if step >= args.total_steps:
+                    break
+                if step < START:
+                    uniform = torch.rand(n, len(envs.low), generator=learner.generator).numpy()
+                    actions = envs.low + (envs.high - envs.low) * uniform
+                else:
+                    actions = learner.actor.act(envs.obs, learner.generator)
+                replay[step : step + n] = envs.step(actions)
+                step += n
+                bar.update(n)
+                for _ in range(n if step > START else 0):
+                    sums += learner.step(replay[:step], n)
+                if step % LOG_EVERY < n and sums[-1] > 0:
+                    check_finite(learner, sums, step)
+                    metrics.write({"step": step, **dict(zip(learner.metrics, (sums / sums[-1]).tolist()))})
+                    sums.zero_()
+        returns = done.returns
 
         known = {row["step"]: row["return"] for row in returns if row["step"] < args.total_steps + n}
         policies, problems = choose_policies(known, args.medium_return), []  # as of --total-steps, if the run is longer
@@ -317,6 +342,16 @@ def main() -> None:
         fail("; ".join(problems), code=1)
 
 
+@dataclass
+class Progress:
+    """How far a run is: what resume.pt holds beside networks, optimisers and random streams."""
+
+    step: int = 0
+    rows: list[dict[str, float]] = field(default_factory=list)  # of metrics.csv
+    returns: list[dict[str, float]] = field(default_factory=list)  # of evaluations.csv
+    checksum: int = 0  # of replay.bin
+
+
 def choose_policies(returns: dict[int, float], medium_return: float | None) -> dict[str, list[int]]:
     """The training steps of each quality's policies, from the evaluated return at each step; [] if none is medium."""
     trained = [step for step in returns if step > START]
@@ -333,7 +368,7 @@ def collect(quality: str, steps: list[int], replay: np.ndarray, folder: Path, ac
     """The transitions of a file: of the policies of some training steps, or of the replay buffer."""
     if quality == "medium-replay":
         return whole_episodes(replay[: steps[0]])
-    each = -(-MINI_POOL * args.transitions // len(steps)) if quality == "mini" else args.transitions
+    each = math.ceil(MINI_POOL * args.transitions / len(steps)) if quality == "mini" else args.transitions
     parts = []
     for step in steps:
         actor.load_state_dict(load_checkpoint(folder / f"policy_{step}.pt", "collect_dataset")["actor"])
@@ -346,7 +381,7 @@ def record(actor: Actor, args: Args, step: int | None, episodes=0, transitions=0
     """The first whole episodes to begin (not to end: those are short) of one policy; step None: without noise."""
     # the training's episodes have the seeds 10**18 seed + 0, 1, ...; those of an evaluation and of each policy follow
     seed = args.seed * 10**18 + (1 if step is None else step + 2) * 10**9
-    n, keep_next = episodes or min(RECORD_ENVS, -(-transitions // HORIZON)), args.format == "minari"
+    n, keep_next = episodes or min(RECORD_ENVS, math.ceil(transitions / HORIZON)), args.format == "minari"
     envs = Episodes(args.env_id, n, seed, keep_next)
     generator = None if step is None else torch.Generator().manual_seed(seed % 2**63)
     blocks, lengths, whole, total = [], {}, 0, 0  # the first `whole` episodes have ended and hold `total` transitions
@@ -406,6 +441,8 @@ def save_replay(path: Path, replay: np.ndarray) -> int:
 
 def load_replay(path: Path, replay: np.ndarray, checksum: int) -> None:
     """Fill the buffer from replay.bin, and cut off what a killed run wrote after its last checkpoint."""
+    if path.is_symlink() or path.exists() and not path.is_file():
+        fail(f"{path}: a link or no regular file, which would be overwritten; remove it")
     path.touch()
     found = np.fromfile(path, replay.dtype, len(replay))
     if zlib.crc32(found) != checksum:
@@ -473,190 +510,9 @@ def describe(path: Path, rows: np.ndarray) -> None:
     print(f"  episodes per tenth of the range {edges[0]:.0f} .. {edges[-1]:.0f}: {' '.join(map(str, counts))}")
 
 
-# ======== shared: setup ========
-
-FORMAT = 5  # of the checkpoint files
-HORIZON = 1000  # steps after which Gymnasium and D4RL cut an episode (the small AntMaze: 700)
-
-
-def fail(message: str, code: int = 2):
-    """One line on stderr that says what is wrong, where, and what to do; then exit."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
-def one_line(error: BaseException) -> str:
-    return f"{' '.join(str(error).split()) or type(error).__name__:.300}"
-
-
-def run(main) -> None:
-    """main(); Ctrl-C (exit 130), NaN and errors of the system (exit 1: disk, memory, ...) end in one line on stderr."""
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        if getattr(sys, name) is None:  # a closed stream: os.devnull, for child processes as well
-            os.dup2(os.open(os.devnull, os.O_RDWR), number)
-            os.set_inheritable(number, True)
-            setattr(sys, name, open(number, "w"))
-        getattr(sys, name).reconfigure(line_buffering=True, errors="replace")
-    try:
-        main()
-    except (KeyboardInterrupt, OSError, MemoryError, FloatingPointError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("memory|compiler", str(error)):  # torch lacks one of them
-            raise  # a bug
-        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error)
-        fail("; ".join([reason, *getattr(error, "__notes__", ())]), code=130 if reason == "interrupted" else 1)
-
-
-def check_args(args, lowest: dict) -> None:
-    """ValueError, which tyro reports, for a number outside lowest.get(name, 0) .. 1e9 or a bad --exp-name."""
-    if not re.fullmatch(r"\w[\w.-]*", args.exp_name, re.ASCII):
-        raise ValueError(f"--exp-name {args.exp_name!r}: letters, digits and . _ - only, a letter or digit first")
-    for name, value in vars(args).items():
-        for x in value if isinstance(value, tuple) else (value,):
-            if isinstance(x, int | float) and not lowest.get(name, 0) <= x <= 1e9:
-                raise ValueError(f"--{name.replace('_', '-')} {x}: must be between {lowest.get(name, 0):g} and 1e9")
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_checkpoint(path: Path, *stages: str) -> dict:
-    """Read a checkpoint of one of the stages onto the CPU, without unpickling; exits 2 on anything else."""
-    try:
-        with open(path, "rb") as f, warnings.catch_warnings(action="ignore"):  # torch warns about foreign pickles
-            if zipfile.ZipFile(f).testzip():  # torch itself does not verify the checksums
-                raise ValueError("damaged")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            if content["stage"] not in stages or content["format"] != FORMAT:
-                found = f"of {content['stage']}.py in format {content['format']}"
-                fail(f"{path}: {found}, not of {stages[0]}.py in {FORMAT}")
-            return content
-    except OSError as error:
-        fail(f"{path}: {error.strerror or one_line(error)}")
-    except Exception:  # zipfile and torch raise a dozen kinds for truncated, foreign and pickled files
-        fail(f"{path}: damaged, or not a checkpoint of {stages[0]}.py")
-
-
-# ======== end of shared: setup ========
-
-# ======== shared: run ========
-
-
-@contextlib.contextmanager
-def claim(folder: Path):
-    """Make the run folder and hold its lock; exits 2 if another process does. Removes leftover temporary files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(folder / ".lock", timeout=0):
-            for left in folder.glob("*.tmp"):
-                left.unlink()
-            with contextlib.ExitStack() as stack:  # closes the progress bar before an error is printed
-                yield stack
-    except filelock.Timeout:
-        fail(f"{folder}: another process is writing this run; wait for it, or choose another --exp-name or --seed")
-    except BaseException as error:
-        saved = f"{folder}/resume.pt is the last good state" if (folder / "resume.pt").exists() else "nothing was saved"
-        error.add_note(f"{saved}; the same command continues")
-        raise
-
-
-def load_own(path: Path, stage: str, identity: dict) -> dict | None:
-    """The run's own checkpoint, None if there is none; exits 2 if it is of another configuration or other data."""
-    if not os.path.lexists(path):
-        return None
-    content = load_checkpoint(path, stage)
-    theirs = content.get("config", {})
-    differs = [f"{k} {theirs.get(k)} there, {ours} here" for k, ours in identity.items() if theirs.get(k) != ours]
-    if differs:
-        fail(f"{path} is of another run ({'; '.join(differs[:3])}); choose another --exp-name, or remove {path.parent}")
-    return content
-
-
-def save_checkpoint(path: Path, content: dict) -> None:
-    buffer = io.BytesIO()
-    torch.save(content | {"format": FORMAT}, buffer)
-    write_file(path, buffer.getbuffer())
-
-
-def check_finite(learner, sums: torch.Tensor, step: int) -> None:
-    """FloatingPointError on NaN and infinity: a bad state never replaces a good one."""
-    weights = [p for part in learner.parts.values() if isinstance(part, nn.Module) for p in part.parameters()]
-    if not all(x.isfinite().all() for x in (sums, *weights)):
-        raise FloatingPointError(f"step {step:,}: a loss or weight is NaN or infinite; try a lower learning rate")
-
-
-def save_resume(folder: Path, content: dict, learner, sums: torch.Tensor) -> None:
-    """What a killed run needs to continue (on a CPU bit for bit): networks, optimisers, random streams, counters."""
-    check_finite(learner, sums, content["counters"]["step"])
-    cuda = torch.cuda.get_rng_state() if sums.is_cuda else torch.zeros(0)
-    content["random"], content["sums"] = (learner.generator.get_state(), torch.get_rng_state(), cuda), sums
-    save_checkpoint(folder / "resume.pt", content | {name: part.state_dict() for name, part in learner.parts.items()})
-
-
-def restore(content: dict, path: Path, learner, sums: torch.Tensor, total_steps: int, names: tuple) -> list:
-    """The reverse of save_resume; returns the named counters. Exits 2 on a state that cannot be of this run."""
-    try:
-        for name, part in learner.parts.items():
-            part.load_state_dict(content[name])
-            for group in getattr(part, "param_groups", ()):
-                if torch.is_tensor(group["lr"]):  # loaded onto the CPU
-                    group["lr"] = group["lr"].to(sums.device)
-        sums.copy_(content["sums"])
-        generator, cpu, cuda = content["random"]
-        learner.generator.set_state(generator)
-        torch.set_rng_state(cpu)
-        if sums.is_cuda:
-            torch.cuda.set_rng_state(cuda)
-        check_finite(learner, sums, content["counters"]["step"])
-        if content["counters"]["step"] not in range(total_steps + 1):
-            raise ValueError(f"step {content['counters']['step']}")
-        return [content["counters"][name] for name in names]
-    except (ArithmeticError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        fail(f"{path}: not a state of this run ({one_line(error)}); remove it to start anew")
-
-
-@torch.no_grad()
-def ema_update(target: nn.Module, online: nn.Module, tau: float) -> None:
-    """target <- (1 - tau) target + tau online (Algorithm 1, line 11)."""
-    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
-
-
-class Log:
-    """Rows that resume.pt keeps, written to <name>.csv and as TensorBoard scalars."""
-
-    def __init__(self, folder: Path, name: str, rows: list[dict]):
-        from torch.utils.tensorboard import SummaryWriter  # imported here: it takes a second
-
-        # a full disk, say, ends the writer's thread; our own next file fails for the same reason, and says so
-        threading.excepthook = lambda a: isinstance(a.exc_value, OSError) or threading.__excepthook__(a)
-        self.file, self.rows, purge_step = folder / f"{name}.csv", rows, rows[-1]["step"] + 1 if rows else None
-        self.tensorboard = SummaryWriter(folder / "tensorboard" / name, purge_step=purge_step)
-
-    def write(self, row: dict) -> None:
-        self.rows.append(row)
-        lines = [",".join(f"{x:.6g}" if isinstance(x, float) else str(x) for x in row.values()) for row in self.rows]
-        write_file(self.file, "\n".join([",".join(row), *lines, ""]).encode())
-        for name, value in row.items():
-            self.tensorboard.add_scalar(name, value, row["step"])
-
-
-# ======== end of shared: run ========
-
-# ======== shared: environment ========
-
-
 def make_env(env_id: str):
-    """Gymnasium's environment without its time limit, its known warnings, and MuJoCo's MUJOCO_LOG.TXT about them."""
-    if "mujoco" not in sys.modules:  # make_renderer imports it first: nothing will be rendered, so look for no OpenGL
+    """Gymnasium's environment as it is, without its known warnings, and MuJoCo's MUJOCO_LOG.TXT about them."""
+    if "mujoco" not in sys.modules:  # nothing is rendered: look for no OpenGL
         os.environ["MUJOCO_GL"] = "disable"
     import mujoco
 
@@ -665,9 +521,6 @@ def make_env(env_id: str):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is out of date. You should consider upgrading to version `v5`")
         return gymnasium.make(env_id).unwrapped
-
-
-# ======== end of shared: environment ========
 
 
 if __name__ == "__main__":

@@ -30,8 +30,10 @@ class Args:
     seed: int = 1  # seed of the draw
 
     def __post_init__(self):
-        if min(self.ratio) < 0 or sum(self.ratio) == 0:
-            raise ValueError(f"--ratio {self.ratio}: three shares of at least 0, not all of them 0")
+        if min(self.ratio) < 0 or not 0 < sum(self.ratio) <= 10**6:
+            raise ValueError(f"--ratio {self.ratio}: three shares of at least 0, together 1 to 1,000,000")
+        if not 0 <= self.seed <= 10**9:
+            raise ValueError(f"--seed {self.seed}: must be between 0 and 1e9")
         if not 0 < self.fraction <= 100:
             raise ValueError(f"--fraction {self.fraction}: must be above 0 and at most 100")
 
