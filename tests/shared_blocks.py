@@ -11,6 +11,7 @@ STAGES = (
     "transfer_cheetah_vel.py",
     "data/prepare.py",
 )
+BASELINES = tuple(f"baselines/{name}.py" for name in ("train_radt", "train_vdt", "tune_vdt", "train_qt", "train_rvdt"))
 BLOCK = re.compile(r"^# =+ shared: (\w+) =+\n.*?^# =+ end of shared: \1 =+\n", re.M | re.S)
 
 

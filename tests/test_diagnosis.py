@@ -93,6 +93,24 @@ def test_command_line(pipeline, hopper_file, run_main, tmp_path, monkeypatch):
     assert code == 2 and "without an alignment loss" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("flags", [["--windows", 9], ["--windows", 10**30], ["--seed", -1], ["--seed", 10**40]])
+def test_flags_out_of_bounds(flags, pipeline, run_main, monkeypatch):
+    monkeypatch.setattr(diagnosis, "run", stage2.run, raising=False)
+    code, out, err = run_main(diagnosis, pipeline.policy, *flags)
+    assert (code, out) == (2, "") and flags[0] in err and "must be between" in " ".join(err.replace("│", " ").split())
+
+
+def test_an_edited_configuration_is_one_line(pipeline, run_main, tmp_path, monkeypatch):
+    monkeypatch.setattr(diagnosis, "run", stage2.run, raising=False)
+    shutil.copytree(pipeline.runs / f"{ENV}__data", tmp_path / f"{ENV}__data")
+    (tmp_path / "run").mkdir()
+    content = torch.load(pipeline.policy, weights_only=True)
+    for change in ({"sigma_e": -1.0}, {"embed_dim": None}, {"rtg_range": (2.0, 1.0)}, {"actor_lr": "x", "n_head": 3}):
+        torch.save(content | {"config": content["config"] | change}, tmp_path / "run" / "policy.pt")
+        code, _, err = run_main(diagnosis, tmp_path / "run" / "policy.pt")
+        assert code == 2 and err.count("\n") == 1 and "not a whole checkpoint" in err, (change, err)
+
+
 def test_other_data_are_refused(pipeline, hopper_arrays, run_main, tmp_path, monkeypatch):
     monkeypatch.setattr(diagnosis, "run", stage2.run, raising=False)
     (tmp_path / "runs" / "run").mkdir(parents=True)

@@ -25,6 +25,7 @@ SCRIPTS = (
     "baselines/train_vdt",
     "baselines/train_qt",
     "baselines/train_rvdt",
+    "baselines/tune_vdt",
     "results/run_studies",
 )
 OPTIONAL = {"minari", "wandb", "gymnasium_robotics"}  # imported only where the user asks for it

@@ -439,7 +439,7 @@ def test_foreign_datasets_are_one_line(copy_of, pipeline, hopper_file, tmp_path,
 
 
 @pytest.mark.parametrize("stage", [stage3, transfer], ids=["evaluate_alignment", "transfer_cheetah_vel"])
-def test_edited_policies_are_one_line_before_any_rollout(stage, copy_of, run_main, monkeypatch):
+def test_edited_policies_are_one_line_before_any_rollout(stage, copy_of, pipeline, run_main, tmp_path, monkeypatch):
     """policy.pt with NaN weights, with other shapes, types and numbers."""
     path = copy_of("policy")
     content = load(path)
@@ -468,9 +468,12 @@ def test_edited_policies_are_one_line_before_any_rollout(stage, copy_of, run_mai
         assert result[1] == "", change
         assert_one_line(result, 2, path)
         assert len(result[2]) < 1000 and os.listdir(path.parent) == before
-    torch.save(content | {"gamma": 2.0}, path)
-    result = run_main(stage3, "--checkpoint", path, "--device", "cpu")
-    assert_one_line(result, 2, path, "critic is not whole")
+    if stage is stage3:  # also where it is not the first
+        other = Path(shutil.copy(pipeline.policy, tmp_path / "policy.pt"))
+        for change in ({"gamma": 2.0}, {"gamma": "x"}, {"critic": {}}, {"critic": 3}):
+            torch.save(content | change, path)
+            result = run_main(stage3, "--checkpoint", other, "--compare", path, "--device", "cpu")
+            assert_one_line(result, 2, path, "critic is not whole")
 
 
 def test_an_export_never_replaces_the_checkpoint(copy_of, run_main, tmp_path):
