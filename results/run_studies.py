@@ -4,6 +4,7 @@
 
 The stage scripts train and sweep each variant per seed, as processes. Nothing finished is run again, what was killed
 resumes, a failing run stops no other. Writes records/<dataset>/<run>.json and studies/<dataset>/<study>.md, .csv, .png.
+--list prints the commands, for other machines; --ray sends them to a cluster. Then the same study writes its table.
 """
 
 import ast
@@ -44,6 +45,7 @@ class Variant(NamedTuple):
     critic_flags: str = ""
     base: "Variant | None" = None  # what --checkpoint tunes further; it trains first, and alone gets --train-flags
     inference: tuple[str, ...] = ()  # the method's own ways to act, evaluated at the high targets beside the sweep
+    sweep: bool = True  # False: only the score at the high targets, which the paper's Tables 1 and 2 report
 
 
 MODES = ("plan", "best", "softmax")  # evaluate_alignment.py --inference, but for the default
@@ -69,9 +71,13 @@ CLAIMS = {
     "noise": "noise on the target critic is tolerated (Table E.13)",
     "discount": "it does no harm that Q is discounted and the target return is not (App. D.2)",
     "spearman": "Q ranks realised returns (Table E.19)",
+    "table1": "scores on nine data sets of D4RL (Table 1)",
+    "table2": "scores on AntMaze (Table 2)",
 }
 SEEDS = dict.fromkeys(CLAIMS, (1, 2)) | dict.fromkeys(("lambda", "remedy", "tuning"), (1,))
 SEEDS |= dict.fromkeys(("components", "average", "spearman", "time", "neighbours", "radt"), (1, 2, 3))
+SEEDS |= dict.fromkeys(("table1", "table2"), (1, 2, 3, 4, 5))
+PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())  # study -> its data sets, with numbers
 Q_ALIGN = Variant("Q-Align DT", "train_qalign_dt")
 DT_STATE = Variant("DT + state loss", "dt_state", "--lambda-e 0 --no-conv", critic=None)
 DT_ALIGNMENT = Variant("DT + state loss + alignment", "dt_alignment", "--no-conv")
@@ -165,21 +171,28 @@ STUDIES = {
     "discount": [Q_ALIGN, GAMMA],  # at one lambda_e, although Q, and with it Eq. 5's penalty, is larger at 0.997
     "spearman": [Q_ALIGN],
 }
+STUDIES |= {table: [one._replace(sweep=False) for one in (Q_ALIGN, DT, RADT, QT)] for table in PUBLISHED}
 
 
 @dataclass(frozen=True)
 class Args:
     # names of STUDIES: components, lambda, time, neighbours, ...; runs that several share are run once
     studies: tyro.conf.Positional[tuple[str, ...]]
-    env: str = "hopper-mini"  # the dataset, as in the stages
+    env: str = ""  # the dataset, as in the stages (default: hopper-mini; table1, table2: all of the paper's)
     dataset_path: tuple[str, ...] = ()  # its HDF5 file(s), as in the stages
     seeds: tuple[int, ...] = ()  # seeds instead of the study's own
-    workers: int = 1  # runs at a time; the CPU cores are shared out among them, the CUDA devices in turn
+    only: tuple[str, ...] = ()  # only these variants, by experiment name; then no table is written
+    workers: int = 1  # runs at a time, which share the CPU cores, and the CUDA devices in turn; 0: only write tables
+    list: bool = False  # print the commands, in waves that follow each other, and run nothing
+    ray: str = ""  # run on this Ray cluster: auto, local, or an address; folders must be shared by its machines
+    num_cpus: float = 1  # cores of a Ray task
+    num_gpus: float = 0  # GPUs of a Ray task; with 0.25 four runs share one
     # further flags of pretrain_q.py for every run, as one string: --critic-flags='--critic-width 128'
     critic_flags: str = ""
     train_flags: str = ""  # further flags of the training scripts for every run, in the same way
     rollouts: int = 10  # episodes per target return of the sweep (App. D.6: 30; fewer add noise to the alignment error)
     target_step: float = 100.0  # distance between two target returns of the sweep, raw
+    score_rollouts: int | None = None  # episodes per high target in table1, table2 (default: 50; AntMaze 100; Sec. 6.2)
     runs_dir: str = "runs"  # folder of all runs; those of a --dataset-path lie in one of its own in it
     results_dir: str = str(Path(__file__).resolve().parent)  # folder of records, tables and figures
 
@@ -192,7 +205,7 @@ def fail(message: str, code: int = 2):
 
 def dataset_of(args: Args) -> str:
     """What the data are called in results: by their files, or by --env."""
-    return "+".join(Path(file).stem for file in args.dataset_path) or args.env.replace("/", "--")
+    return "+".join(Path(file).stem for file in args.dataset_path) or (args.env or "hopper-mini").replace("/", "--")
 
 
 @functools.cache
@@ -210,17 +223,22 @@ class Run:
     """One variant with one seed, on the given data (file name -> hash); its record has the same definition."""
 
     def __init__(self, variant: Variant, seed: int, args: Args, data: dict[str, str]):
+        self.args = args = replace(args, env=args.env or "hopper-mini")
         runs_dir, env = Path(args.runs_dir), args.env.replace("/", "--")  # Minari's names have slashes
         self.name = f"{env}__{variant.exp_name}__{seed}"
         folder, critic = runs_dir / self.name, runs_dir / f"{env}__{variant.critic}__{seed}"
+        self.result = "alignment" if variant.sweep else "high_targets"  # stage 3's file and the record's key
         train_flags = variant.flags if variant.base else f"{args.train_flags} {variant.flags}"
         critic_flags = f"{args.critic_flags} {variant.critic_flags}"
         own = ["--env", args.env, "--seed", str(seed), "--runs-dir", args.runs_dir]
         own_data = ["--dataset-path", *args.dataset_path] if args.dataset_path else []
         train = [variant.script, *shlex.split(train_flags), *own, *own_data, "--exp-name", variant.exp_name]
-        sweep = ["evaluate_alignment.py", *own, "--checkpoint", str(folder / "policy.pt")]
-        sweep += ["--rollouts", str(args.rollouts), "--target-step", str(args.target_step), "--percentiles"]
-        self.stages = {"training": (folder, train), "sweep": (folder, sweep)}  # name -> folder; script and flags
+        self.prepare = args.env, ["data/prepare.py", "--env", args.env, "--runs-dir", args.runs_dir, *own_data]
+        rollouts, step = (args.rollouts, args.target_step) if variant.sweep else (args.score_rollouts, None)
+        evaluate = ["evaluate_alignment.py", *own, "--checkpoint", str(folder / "policy.pt")]
+        evaluate += ["--rollouts", str(rollouts)] if rollouts is not None else []
+        sweep = ["--target-step", str(step), "--percentiles"] if variant.sweep else ["--high-targets"]
+        self.stages = {"training": (folder, train), "sweep": (folder, evaluate + sweep)}  # folder; script, flags
         if variant.critic:
             pretrain = ["pretrain_q.py", *shlex.split(critic_flags), *own, *own_data, "--exp-name", variant.critic]
             self.stages = {"critic": (critic, pretrain)} | self.stages
@@ -230,13 +248,12 @@ class Run:
             self.stages = {"base": (base_folder, base)} | self.stages
             train += ["--checkpoint", str(base_folder / "policy.pt")]
         for mode in variant.inference:
-            ask = ["--rollouts", str(args.rollouts), "--high-targets", "--inference", mode]
-            checkpoint = ["--checkpoint", str(folder / "policy.pt")]
-            self.stages[mode] = folder, ["evaluate_alignment.py", *own, *checkpoint, *ask]
+            self.stages[mode] = folder, [*evaluate, "--high-targets", "--inference", mode]
+        self.name += "" if variant.sweep else "__high_targets"  # another record, of the same policy
         self.log = runs_dir / "logs" / f"{self.name}.log"
         self.record_file = Path(args.results_dir) / "records" / dataset_of(args) / f"{self.name}.json"
         self.definition = dict(run=self.name, data=data, flags=variant.flags, train_flags=args.train_flags)
-        self.definition |= dict(critic_flags=critic_flags.strip(), rollouts=args.rollouts, target_step=args.target_step)
+        self.definition |= dict(critic_flags=critic_flags.strip(), rollouts=rollouts, target_step=step)
         self.definition["presets"] = presets(ROOT / variant.script)
         if variant.base:
             self.definition["presets"] = self.definition["presets"] | presets(ROOT / variant.base.script)
@@ -248,15 +265,17 @@ def read_record(run: Run) -> dict | None:
         return None
     try:
         record = json.loads(run.record_file.read_text())
-        both, alignment = (run.definition, record["definition"]), record["alignment"]
+        both, alignment = (run.definition, record["definition"]), record[run.result]
         ours, theirs = ({k: v for k, v in one.items() if k != "presets"} | one["presets"] for one in both)
         differs = [k for k in ours | theirs if ours.get(k) != theirs.get(k)]
         differs = [f"{k} {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in differs]
-        data, steps, targets = alignment["trained_on"], alignment["total_steps"], len(alignment["sweep"])
+        rows = alignment["sweep" if run.result == "alignment" else run.result]
+        data, steps, targets = alignment["trained_on"], alignment["total_steps"], len(rows)
         record["setting"] = f"{data['label']} ({data['digest']}), {steps:,} gradient steps, {targets} target returns"
         average = alignment.get("average")  # absent where the method has none
         record["weights"] = f"averaged (--average {average})" if average else "of the last step"
-        record |= {"commands": list(map(str, record["commands"])), "quantities": quantities(record)}
+        values = quantities(record) if run.result == "alignment" else scores(record)
+        record |= {"commands": list(map(str, record["commands"])), "quantities": values}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{run.record_file}: not a record of this program ({error!r:.80}); remove it") from None
     if differs:
@@ -276,11 +295,12 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def check(runs: list[Run], args: Args) -> None:
-    """Exits 2 on what would make every run fail, before anything is written."""
+    """Exits 2 on what would make every run fail, before anything is written; then makes the data ready."""
     sys.path[:0] = [str(ROOT), str(ROOT / "baselines"), str(ROOT / "data")]
     stage_1, data = map(importlib.import_module, ("pretrain_q", "prepare"))  # and with them torch; tables need neither
-    if data.parse_env(args.env)["body"] == "antmaze":
-        fail(f"--env {args.env}: AntMaze's returns are 0 and 1: there is no RTG sweep to study")
+    for run in runs:
+        if run.result == "alignment" and data.parse_env(run.args.env)["body"] == "antmaze":
+            fail(f"--env {run.args.env}: AntMaze's returns are 0 and 1: there is no RTG sweep to study")
     for script, *flags in (command for run in runs for _, command in run.stages.values()):
         names = [flag.partition("=")[0].replace("_", "-") for flag in flags]
         for name in ("--env", "--seed", "--runs-dir", "--dataset-path", "--exp-name", "--critic"):
@@ -292,8 +312,10 @@ def check(runs: list[Run], args: Args) -> None:
         except SystemExit as exit:  # tyro has said a title, a rule of dashes, the reason, a rule; or it has helped
             reason = re.split("-{9,}", said.getvalue())[1] if exit.code else "--help and the like cannot be passed on"
             fail(f"{script}: {' '.join(reason.split())}")
-        stage_1.pick_device(parsed.device)
-    data.prepare(args.env, args.dataset_path, args.runs_dir)  # once, not by every run
+        if not args.list and not args.ray:  # else other machines have other devices
+            stage_1.pick_device(parsed.device)
+    for one in {} if args.list else {run.args.env: run.args for run in runs}.values():
+        data.prepare(one.env, one.dataset_path, one.runs_dir)  # once, not by every run
 
 
 def perform(run: Run, environment: dict, busy: set[Path]):
@@ -324,7 +346,7 @@ def perform(run: Run, environment: dict, busy: set[Path]):
             raise ChildProcessError(f"{stage} ended with code {code}: {said.splitlines()[-1]} (log: {run.log})")
     record = dict(definition=run.definition, seconds=seconds, threads=environment["OMP_NUM_THREADS"], critic=None)
     record["commands"] = [shlex.join(["python", *command]) for _, command in run.stages.values()]
-    record["alignment"] = json.loads((folder / "alignment.json").read_text())
+    record[run.result] = json.loads((folder / f"{run.result}.json").read_text())
     modes = [mode for mode in MODES if mode in run.stages]
     record["inference"] = {mode: json.loads((folder / f"high_targets_{mode}.json").read_text()) for mode in modes}
     if "critic" in run.stages:
@@ -345,7 +367,7 @@ def shares(workers: int) -> list[dict[str, str]]:
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    every = {"OMP_NUM_THREADS": str(max(1, cores // workers))}
+    every = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // workers))}
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     gpus = gpus.split(",") if gpus else []
     return [every | ({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {}) for i in range(workers)]
@@ -378,6 +400,49 @@ def perform_all(runs: list[Run], workers: int) -> dict[str, dict]:
             bar.set_postfix_str(", ".join(states))
             time.sleep(0.1)
     return records
+
+
+def waves(runs: list[Run]) -> list[dict[str, list[str]]]:
+    """The commands that make the records, by name: data, critics, policies to tune, runs; each after the one before."""
+    shared = [[run.stages[name] for run in runs if name in run.stages] for name in ("critic", "base")]
+    every = [[run.prepare for run in runs], *shared, [(run.name, run.command) for run in runs]]
+    return [{str(k): [os.path.relpath(ROOT / file), *flags] for k, (file, *flags) in one} for one in every if one]
+
+
+def execute(command: list[str], folder: str, *_) -> None:
+    """A Ray task: one of the commands."""
+    done = subprocess.run([sys.executable, *command], cwd=folder, stdin=subprocess.DEVNULL, capture_output=True)
+    if done.returncode:
+        raise ChildProcessError(" ".join(done.stderr.decode(errors="replace").split())[-500:])
+
+
+def perform_on_ray(runs: list[Run], args: Args) -> dict[str, dict]:
+    """All runs as tasks of a Ray cluster: their records by name. Ray itself repeats what a lost worker interrupts."""
+    try:
+        import ray
+    except ImportError:
+        fail("--ray needs Ray: pip install -r results/requirements-cluster.txt")
+    ray.init(address=args.ray, log_to_driver=False, logging_level="error")
+    task, refs = ray.remote(num_cpus=args.num_cpus, num_gpus=args.num_gpus)(execute), {}
+    folders = {run.name: [str(folder) for folder, _ in run.stages.values()] for run in runs}
+    for name, command in [pair for wave in waves(runs)[1:] for pair in wave.items()]:  # the data are there
+        refs[name] = task.remote(command, os.getcwd(), *(refs[x] for x in folders.get(name, ()) if x in refs))
+    for name, ref in refs.items():
+        try:
+            ray.get(ref)
+            print(f"{name}: finished")
+        except ray.exceptions.RayError as error:
+            print(f"{name}: {getattr(error, 'cause', None) or error}", file=sys.stderr)
+    return {run.name: record for run in runs if (record := read_record(run))}
+
+
+def scores(record: dict) -> dict[str, dict[float, float]]:
+    """How the method acts -> target return -> score, of a record of high targets."""
+    every = {"request": record["high_targets"]} | record["inference"]
+    found = {k: {row["target_return"]: row["score_mean"] for row in x["high_targets"]} for k, x in every.items()}
+    if not all(one and np.isfinite([*one, *one.values()]).all() for one in found.values()):
+        raise ValueError("a score is missing or not finite")
+    return found
 
 
 def quantities(record: dict) -> dict[str, float | None]:
@@ -503,35 +568,89 @@ def summarise(study: str, args: Args, records: dict[tuple[str, int], dict], miss
     print(f"{study}: {file}")
 
 
+def tabulate(table: str, args: Args, runs: dict[tuple[str, str, int], Run], records: dict[str, dict]) -> None:
+    """Write one of the paper's tables: its numbers beside ours; exits 1 if seeds are not comparable."""
+    rows = [["data set", "method", "published", "here, at target return", "seeds", "data, steps"], ["---"] * 6]
+    for env, label in dict.fromkeys(key[:2] for key in runs):
+        own = {str(k[2]): run.name for k, run in runs.items() if k[:2] == (env, label) and run.name in records}
+        every = [records[name] for name in own.values()]
+        if len(settings := {record["setting"].rpartition(",")[0] for record in every}) > 1:
+            fail(f"{table}: cannot compare {' with '.join(sorted(settings))}; remove the old records", code=1)
+        published = " ± ".join(map(str, PUBLISHED[table]["values"].get(env, {}).get(label, "-")))
+        for mode in every[0]["quantities"] if every else ["request"]:
+            cells = []
+            for pairs in zip(*(record["quantities"][mode].items() for record in every)):  # of one target, by seed
+                x = [score for _, score in pairs]
+                error = f" ± {np.std(x, ddof=1) / len(x) ** 0.5:.2f}" if len(x) > 1 else ""
+                cells += [f"{np.mean(x):.1f}{error} at {pairs[0][0]:g}"]
+            name = label if mode == "request" else f"{label}, --inference {mode}"
+            rows += [[env, name, published, "; ".join(cells) or "-", ", ".join(own) or "-", *(settings or "-")]]
+    missing = [run.name for run in runs.values() if run.name not in records]
+    text = [
+        f"# {table}: {CLAIMS[table]}\n",
+        "Here: the score of the last step at every high target, mean ± standard error over the seeds.",
+        f"Published: {PUBLISHED[table]['source']}. More methods: published.json.\n",
+        *([f"Missing: {', '.join(missing)}.\n"] if missing else []),
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+    file = Path(args.results_dir, "studies", dataset_of(args) if args.env or args.dataset_path else "", f"{table}.md")
+    write_file(file, ("\n".join(text) + "\n").encode())
+    print(f"{table}: {file}")
+
+
+def runs_of(study: str, args: Args) -> dict[tuple[str, str, int], Run]:
+    """(data set, label, seed) -> run, with the command line of this program that performs it alone."""
+    own_list = study in PUBLISHED and not args.env and not args.dataset_path
+    runs = {}
+    for env in PUBLISHED[study]["values"] if own_list else [args.env or "hopper-mini"]:
+        folder = str(Path(args.runs_dir, dataset_of(args))) if args.dataset_path else args.runs_dir
+        files = [Path(p) for p in args.dataset_path] or [ROOT / "data" / f"{env}.hdf5"]  # D4RL's files do not change
+        data = {p.name: hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in files if p.is_file()}
+        for variant in [x for x in STUDIES[study] if not args.only or x.exp_name in args.only]:
+            for seed in args.seeds or SEEDS[study]:
+                run = runs[env, variant.label, seed] = Run(variant, seed, replace(args, env=env, runs_dir=folder), data)
+                line = vars(args) | dict(env=env, seeds=(seed,), only=(variant.exp_name,), list=False, ray="")
+                run.command = ["results/run_studies.py", study]
+                for name, value in line.items():
+                    if value != getattr(Args, name, value) and name not in ("workers", "num_cpus", "num_gpus"):
+                        flag = f"--{name.replace('_', '-')}"
+                        run.command += [flag, *map(str, value)] if isinstance(value, tuple) else [f"{flag}={value}"]
+    return runs
+
+
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     if not args.studies or set(args.studies) - set(STUDIES):
         fail(f"unknown study {' '.join(args.studies) or '(none named)'}: choose of {', '.join(STUDIES)}")
-    if args.workers < 1:
-        fail(f"--workers {args.workers}: must be at least 1")
-    if args.dataset_path:
-        args = replace(args, runs_dir=str(Path(args.runs_dir, dataset_of(args))))
+    if args.workers < 0:
+        fail(f"--workers {args.workers}: must be at least 0")
+    known = {variant.exp_name for study in args.studies for variant in STUDIES[study]}
+    if unknown := set(args.only) - known:
+        fail(f"--only {' '.join(sorted(unknown))}: choose of {', '.join(sorted(known))}")
     for folder in (Path(args.runs_dir, "logs").absolute(), Path(args.results_dir, "records").absolute()):
         existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             fail(f"cannot write to {existing}; choose another --runs-dir or --results-dir")
-    files = [Path(p) for p in args.dataset_path] or [ROOT / "data" / f"{args.env}.hdf5"]  # D4RL's files do not change
-    data = {p.name: hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in files if p.is_file()}
-    wanted = {}  # study -> (label, seed) -> run
     try:
-        for study in args.studies:
-            keys = [(variant, seed) for variant in STUDIES[study] for seed in args.seeds or SEEDS[study]]
-            wanted[study] = {(variant.label, seed): Run(variant, seed, args, data) for variant, seed in keys}
+        wanted = {study: runs_of(study, args) for study in args.studies}
         every = {run.name: run for runs in wanted.values() for run in runs.values()}
         records = {name: record for name, run in every.items() if (record := read_record(run))}
     except ValueError as error:  # of shlex or read_record
         fail(f"{error}")
-    print(f"{len(every)} runs, {len(records)} of them finished before (to run them again, name another --results-dir)")
-    if missing := [run for name, run in every.items() if name not in records]:
+    print(f"{'# ' * args.list}{len(every)} runs, {len(records)} of them finished before (another --results-dir: again)")
+    missing = [run for name, run in every.items() if name not in records]
+    if args.list:
         check(missing, args)
-        records |= perform_all(missing, args.workers)
-    for study, runs in wanted.items():
-        if found := {key: records[run.name] for key, run in runs.items() if run.name in records}:
+        for wave in waves(missing):
+            print("# wave", *(shlex.join(["python", *command]) for command in wave.values()), sep="\n")
+        return
+    if missing and args.workers:
+        check(missing, args)
+        records |= perform_on_ray(missing, args) if args.ray else perform_all(missing, args.workers)
+    for study, runs in wanted.items() if not args.only else ():
+        if study in PUBLISHED:
+            tabulate(study, args, runs, records)
+        elif found := {key[1:]: records[run.name] for key, run in runs.items() if run.name in records}:
             summarise(study, args, found, [run.name for run in runs.values() if run.name not in records])
     if len(records) < len(every):
         fail(f"{len(every) - len(records)} of {len(every)} runs are missing; the same command continues", code=1)

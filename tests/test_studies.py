@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 import run_studies as studies  # noqa: E402
+from conftest import call  # noqa: E402
 
 ENV = "hopper-medium-tiny"
 CRITIC = "--device cpu --critic-width 8 --total-steps 5"
@@ -106,7 +108,7 @@ def runs_of(study, args, data=None):
 
 
 def test_names_that_studies_share_have_one_meaning():
-    variants = {variant for every in studies.STUDIES.values() for variant in every}
+    variants = {variant._replace(sweep=True) for every in studies.STUDIES.values() for variant in every}
     assert (
         len({variant.exp_name for variant in variants}) == len({variant.label for variant in variants}) == len(variants)
     )
@@ -122,7 +124,8 @@ def test_names_that_studies_share_have_one_meaning():
         "low": studies.QT,
         "tuning": studies.RADT,
     }
-    assert all(one == own.get(name.partition("_")[0], studies.Q_ALIGN) for name, one in first.items())
+    assert all(one == own.get(name.partition("_")[0], studies.Q_ALIGN) for name, one in first.items() if one.sweep)
+    assert [name for name, one in first.items() if not one.sweep] == ["table1", "table2"] == list(studies.PUBLISHED)
     assert set(studies.STUDIES) == set(studies.CLAIMS) == set(studies.SEEDS)
     assert studies.SEEDS["components"] == (1, 2, 3) and studies.SEEDS["loss"] == (1, 2)
 
@@ -307,6 +310,8 @@ def test_workers_share_cores_and_cuda_devices(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(7)), raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert {share["OMP_NUM_THREADS"] for share in studies.shares(3)} == {os.environ["OMP_NUM_THREADS"]}  # the user's
+    monkeypatch.delenv("OMP_NUM_THREADS")
     assert [share["CUDA_VISIBLE_DEVICES"] for share in studies.shares(3)] == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert [share["CUDA_VISIBLE_DEVICES"] for share in studies.shares(3)] == ["5", "7", "5"]
@@ -505,6 +510,114 @@ def test_missing_runs_are_named_and_the_others_tabulated(main, tmp_path, monkeyp
     assert f"Missing: {second.name}." in text and "Q-Align DT (seeds 1) |" in text
 
 
+# ---- the paper's tables, and lists of commands for other machines
+
+
+def parsed(line):
+    """A line of --list as its script takes it: the module and its Args."""
+    import tyro
+
+    python, script, *flags = shlex.split(line)
+    assert python == "python" and Path(script).is_file()
+    module = importlib.import_module(Path(script).stem)
+    with pytest.MonkeyPatch.context() as patch:  # Args check themselves
+        patch.setattr(sys, "argv", [script, *flags])
+        return module, tyro.cli(module.Args, args=flags)
+
+
+def timeless(x):
+    """A record without what a clock said."""
+    if isinstance(x, dict):
+        return {key: timeless(value) for key, value in x.items() if "second" not in key}
+    return [timeless(one) for one in x] if isinstance(x, list) else x
+
+
+def test_table_1_as_commands_without_network_or_data(main, tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "perform_all", None)
+    code, out, err = main("table1", "--list", "--seeds", 1, 2, "--runs-dir", "of mine", "--train-flags=--device cpu")
+    assert (code, err) == (0, "") and not os.listdir()  # nothing was looked for or written
+    first, *waves = out.split("# wave\n")
+    assert first.startswith("# 72 runs, 0 of them finished before")
+    data, critics, runs = (wave.splitlines() for wave in waves)
+    assert (len(data), len(critics), len(runs)) == (9, 18, 72) and len({*data, *critics, *runs}) == 99
+    envs = list(studies.PUBLISHED["table1"]["values"])
+    for lines, n in ((data, 1), (critics, 2), (runs, 8)):
+        every = [parsed(line)[1] for line in lines[: 2 * n] + lines[-n:]]
+        assert [one.env for one in every] == [env for env in (*envs[:2], envs[-1]) for _ in range(n)]
+        assert {one.runs_dir for one in every} == {"of mine"}
+    module, args = parsed(runs[-1])
+    assert module is studies and (args.only, args.seeds, args.train_flags) == (("train_qt",), (2,), "--device cpu")
+    assert not args.list and args.workers == 1
+    (run,) = studies.runs_of("table1", args).values()
+    scripts = [command[0] for _, command in run.stages.values()]
+    assert scripts == ["pretrain_q.py", "baselines/train_qt.py"] + 3 * ["evaluate_alignment.py"]
+    assert run.stages["critic"][1][1:] == shlex.split(critics[-1])[2:]  # one stage 1 for all that name it
+
+
+def test_the_lines_one_after_the_other_make_the_records(data, main, tmp_path, monkeypatch):
+    """By --list, whose last line is a run, and by --workers: the same records; then the study writes its table."""
+    monkeypatch.setitem(studies.STUDIES, "table1", studies.STUDIES["table1"][:1])
+    argv = f"table1 --env {ENV} --dataset-path {data} --seeds 1 --score-rollouts 2 --results-dir results".split()
+    argv += [f"--critic-flags={CRITIC}", f"--train-flags={TRAIN}"]
+    record, name = {}, f"{ENV}__train_qalign_dt__1__high_targets"
+    for how in ("workers", "list"):
+        (tmp_path / how).mkdir()
+        monkeypatch.chdir(tmp_path / how)
+        if how == "list":
+            _, out, _ = main(*argv, "--list")
+            lines = [line for line in out.splitlines() if not line.startswith("#")]
+            assert [shlex.split(line)[1] for line in lines] == [
+                os.path.relpath(ROOT / file) for file in ("data/prepare.py", "pretrain_q.py", "results/run_studies.py")
+            ]
+            for line in lines[:2]:
+                assert call(parsed(line)[0], *shlex.split(line)[2:])[0] == 0
+            assert main(*shlex.split(lines[2])[2:])[0] == 0 and not Path("results/studies").exists()
+            assert main(*argv, "--list")[1].splitlines()[1:] == []  # nothing is left to do
+        code, out, err = main(*argv, *(["--workers", 0] if how == "list" else []))
+        assert (code, err) == (0, "") and out.splitlines()[-1] == "table1: results/studies/noise/table1.md"
+        record[how] = json.loads(Path(f"results/records/noise/{name}.json").read_text())
+    assert timeless(record["list"]) == timeless(record["workers"]) and record["list"]["critic"]
+    rows = record["list"]["high_targets"]["high_targets"]
+    text = Path("results/studies/noise/table1.md").read_text()
+    scores = "; ".join(f"{row['score_mean']:.1f} at {row['target_return']:g}" for row in rows)
+    assert len(rows) == 2 and f"| {ENV} | Q-Align DT | - | {scores} | 1 | hopper data, not D4RL: noise.hdf5" in text
+
+
+def test_published_numbers_stand_beside_ours(main, tmp_path, monkeypatch):
+    args = replace(make_args(tmp_path), studies=("table1",), results_dir="results", runs_dir="runs")
+    monkeypatch.setattr(studies, "check", None)
+    runs = studies.runs_of("table1", args)
+    for seed, (score, other) in enumerate(((100.0, 90.0), (104.0, 80.0)), 1):
+        run = runs["hopper-medium-v2", "Q-Align DT", seed]
+        rows = [dict(target_return=x, score_mean=y) for x, y in ((1800.0, score), (3600.0, other))]
+        about = dict(trained_on=dict(label="hopper-medium-v2 (D4RL)", digest="0123", is_d4rl=True), total_steps=100_000)
+        record = make_record(run) | {"high_targets": about | {"high_targets": rows}, "inference": {}}
+        write_record(run, {key: value for key, value in record.items() if key != "alignment"})
+    code, out, err = main("table1", "--workers", 0, "--results-dir", "results")
+    assert code == 1 and err == "error: 178 of 180 runs are missing; the same command continues\n"
+    text = Path("results/studies/table1.md").read_text()
+    ours = "102.0 ± 2.00 at 1800; 85.0 ± 5.00 at 3600 | 1, 2 | hopper-medium-v2 (D4RL) (0123), 100,000 gradient steps |"
+    assert f"| hopper-medium-v2 | Q-Align DT | 102.1 ± 0.74 | {ours}\n" in text
+    assert "| walker2d-medium-expert-v2 | DT | 108.1 | - | - | - |\n" in text and text.count("\n| ") == 2 + 36
+    (missing,) = [line for line in text.splitlines() if line.startswith("Missing: ")]
+    assert missing.count(",") == 177 and "hopper-medium-v2__train_qalign_dt__3__high_targets" in missing
+    record["high_targets"]["total_steps"] = 5
+    write_record(run, record)
+    code, out, err = main("table1", "--workers", 0, "--results-dir", "results")
+    assert code == 1 and "cannot compare" in err and len(err.splitlines()) == 1
+
+
+def test_published_numbers_add_up():
+    """Table 1's own sums; no number of Table 2 but the one that is quoted."""
+    sums = {"IQL": 688.8, "TD3+BC": 677.4, "DT": 685.4, "CGDT": 741.4, "LSDT": 738, "DC": 739.8, "DM": 764.3}
+    sums |= {"QT": 808.6, "QCS": 812.3, "Q-Align DT": 856.9}
+    table = studies.PUBLISHED["table1"]["values"]
+    for method, total in sums.items():
+        assert round(sum(row[method][0] for row in table.values()), 1) == total
+    assert sum("RADT" in row for row in table.values()) == 6 and len(table) == 9
+    assert [len(row) for row in studies.PUBLISHED["table2"]["values"].values()] == [0, 0, 1, 0]
+
+
 # ---- bad input
 
 
@@ -513,7 +626,10 @@ def test_missing_runs_are_named_and_the_others_tabulated(main, tmp_path, monkeyp
     [
         ("colours", "unknown study colours: choose of components, "),
         ("", "unknown study (none named)"),
-        ("loss --workers 0", "--workers 0: must be at least 1"),
+        ("loss --workers -1", "--workers -1: must be at least 0"),
+        ("loss --only dt", "--only dt: choose of squared, symmetric, train_qalign_dt"),
+        ("loss --list --critic-flags=--lamda\t1", "pretrain_q.py: Unrecognized options: --lamda"),
+        ("table2 --list --score-rollouts 0", "--rollouts 0: must be between 1"),
         ("loss --rollouts 0", "--rollouts 0: must be between 1"),
         ("loss --target-step nan", "--target-step nan: must be between"),
         ("loss --seeds -1", "--seed -1: must be between 0"),
