@@ -27,10 +27,10 @@ def cluster(monkeypatch):
     ray.shutdown()
 
 
-def study(data: Path, train: str) -> list[str]:
+def study(path: Path, train: str) -> list[str]:
     """Its folders are relative: Ray's workers run the commands where the study was started."""
     argv = [sys.executable, str(ROOT / "results/run_studies.py"), "spearman", "--rollouts", "1", "--env", ENV]
-    argv += ["--dataset-path", str(data), "--runs-dir", "runs", "--results-dir", "results"]
+    argv += ["--dataset-path", str(path), "--runs-dir", "runs", "--results-dir", "results"]
     return [*argv, f"--critic-flags={CRITIC}", f"--train-flags={train}"]
 
 

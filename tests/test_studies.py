@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -616,6 +617,20 @@ def test_published_numbers_add_up():
         assert round(sum(row[method][0] for row in table.values()), 1) == total
     assert sum("RADT" in row for row in table.values()) == 6 and len(table) == 9
     assert [len(row) for row in studies.PUBLISHED["table2"]["values"].values()] == [0, 0, 1, 0]
+
+
+def test_one_version_of_each_tool():
+    """What .ci/run takes is what a cluster and a commit take."""
+    pins = dict(re.findall(r"^(\w+)==([\d.]+)", (ROOT / "tests/requirements-oracle.txt").read_text(), re.M))
+    assert f"\nray=={pins['ray']}\n" in (ROOT / "results/requirements-cluster.txt").read_text()
+    assert f"rev: v{pins['ruff']}\n" in (ROOT / ".pre-commit-config.yaml").read_text()
+
+
+def test_without_ray_it_says_what_to_install(main, monkeypatch):
+    monkeypatch.setattr(studies, "check", lambda *_: None)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    code, _, err = main("spearman", "--ray", "auto", "--seeds", 1, "--results-dir", "results")
+    assert (code, err) == (2, "error: --ray needs Ray: pip install -r results/requirements-cluster.txt\n")
 
 
 # ---- bad input
