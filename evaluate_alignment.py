@@ -615,6 +615,8 @@ def main() -> None:
         returns = trained.content["episode_returns"].numpy()
         targets = target_returns(task, returns, args.target_step)
         percentiles = percentile_targets(returns) if args.percentiles else ()
+        for one in policies:
+            load_critic(one)  # exits before the first rollout
         sweeps = [sweep(one, targets, rollouts, args.seed, percentiles) for one in policies]
         records = [record for record, _ in sweeps]
         write_results(stem, compared(setting, records), rows_of(records), lambda: plot(records, task, returns, title))

@@ -43,8 +43,9 @@ class Args:
     def __post_init__(self):
         if not self.checkpoints:
             raise ValueError("name at least one policy.pt")
-        if self.windows < GROUPS:
-            raise ValueError(f"--windows {self.windows}: at least {GROUPS}, one for each group of timesteps")
+        for name, value, lowest in (("windows", self.windows, GROUPS), ("seed", self.seed, 0)):
+            if not lowest <= value <= 10**9:
+                raise ValueError(f"--{name} {value}: must be between {lowest} and 1e9")
 
 
 def actions(policy, inputs, seed: int | None) -> torch.Tensor:
@@ -72,7 +73,10 @@ def mean_of(group: torch.Tensor, x: torch.Tensor) -> float:
 def measure(trained, critic, data, args: Args) -> list[dict]:
     """One row per group of timesteps, from the first to the last."""
     task, policy = trained.task, trained.policy
-    config = stage2.Config(**{k: v for k, v in trained.content["config"].items() if k in vars(stage2.Config())})
+    try:
+        config = stage2.Config(**{k: v for k, v in trained.content["config"].items() if k in vars(stage2.Config())})
+    except (TypeError, ValueError) as error:
+        stage2.fail(f"{trained.path}: not a whole checkpoint ({stage2.one_line(error)}); train it again")
     generator = torch.Generator().manual_seed(args.seed)
     batch = stage2.Windows(data, config.context_len, torch.device("cpu")).sample(args.windows, generator)
     obs, act, span = batch.obs[:, -1], batch.act[:, -1], config.rtg_range[1] - config.rtg_range[0]

@@ -19,6 +19,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -422,6 +423,9 @@ def perform_on_ray(runs: list[Run], args: Args) -> dict[str, dict]:
         import ray
     except ImportError:
         fail("--ray needs Ray: pip install -r results/requirements-cluster.txt")
+    host, _, port = args.ray.rpartition(":")
+    if host:  # Ray itself would wait for ever where nobody answers
+        socket.create_connection((host, int(port)), timeout=10).close()
     ray.init(address=args.ray, log_to_driver=False, logging_level="error")
     task, refs = ray.remote(num_cpus=args.num_cpus, num_gpus=args.num_gpus)(execute), {}
     folders = {run.name: [str(folder) for folder, _ in run.stages.values()] for run in runs}

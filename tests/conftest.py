@@ -38,6 +38,7 @@ def argv(data, runs, *extra) -> list[str]:
 def data_of(env: str, *files):
     """The data of an --env, through a runs folder of their own, as stage 2 holds them."""
     import prepare
+
     import train_qalign_dt as stage2
 
     with tempfile.TemporaryDirectory() as runs:
@@ -47,6 +48,7 @@ def data_of(env: str, *files):
 def task_of(env: str):
     """The task that an --env name alone stands for; digest, label and what the data decide are stand-ins."""
     import prepare
+
     import train_qalign_dt as stage2
 
     known = prepare.parse_env(env)

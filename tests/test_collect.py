@@ -529,7 +529,7 @@ c.run(c.main)
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory):
-    """The run of `collected`, killed at step 168 (the script copied away with stage 2), then interrupted, short and long."""
+    """The run of `collected`, killed at step 168 (script and stage 2 copied away), then interrupted, short and long."""
     folder = tmp_path_factory.mktemp("interrupted")
     (folder / "data").mkdir()
     script = shutil.copy(stage0.__file__, folder / "data")

@@ -28,7 +28,7 @@ SCRIPTS = (
     "baselines/tune_vdt",
     "results/run_studies",
 )
-OPTIONAL = {"minari", "wandb", "gymnasium_robotics"}  # imported only where the user asks for it
+OPTIONAL = {"minari", "wandb", "gymnasium_robotics", "ray"}  # imported only where the user asks for it
 
 
 def closure(requirements: str) -> set[str]:

@@ -303,7 +303,7 @@ def test_percentiles_are_radts_protocol(trained, run_main, tmp_path):
     assert result["absolute_error_of_range"] == pytest.approx(error / (high - low))
     assert result["parameters"] == sum(p.numel() for p in radt.make_policy(*described(copy)).parameters())
     assert 0 < result["seconds_per_action"] < 1
-    assert sum(',percentiles,' in line for line in (tmp_path / "alignment.csv").read_text().splitlines()) == 7
+    assert sum(",percentiles," in line for line in (tmp_path / "alignment.csv").read_text().splitlines()) == 7
 
 
 def described(path):

@@ -438,7 +438,8 @@ def test_a_study_from_data_to_table(data, main, tmp_path, monkeypatch):
     argv = f"components --env {ENV} --dataset-path {data} --seeds 1 --workers 2 --rollouts 1".split()
     argv += ["--results-dir", "results", f"--critic-flags={CRITIC}", f"--train-flags={TRAIN}"]
     code, out, err = main(*argv)
-    said = f"runs/noise/{bad}/resume.pt: damaged, or not a checkpoint of train_qalign_dt.py (log: runs/noise/logs/{bad}.log)"
+    said = f"runs/noise/{bad}/resume.pt: damaged, or not a checkpoint of train_qalign_dt.py"
+    said += f" (log: runs/noise/logs/{bad}.log)"
     assert (code, err.splitlines()) == (
         1,
         [
@@ -450,7 +451,7 @@ def test_a_study_from_data_to_table(data, main, tmp_path, monkeypatch):
     (data_line,) = [line for line in out.splitlines() if "dataset.pt" in line]
     assert "240 transitions, 20 episodes" in data_line
     assert sorted(set(out.splitlines()[1:]) - {data_line}) == sorted(
-        [f"{name}: starts", f"{bad}: starts", f"{name}: finished", f"components: results/studies/noise/components.md"]
+        [f"{name}: starts", f"{bad}: starts", f"{name}: finished", "components: results/studies/noise/components.md"]
     )
     record = json.loads(Path(f"results/records/noise/{name}.json").read_text())
     assert record["alignment"] == json.loads(Path(f"runs/noise/{name}/alignment.json").read_text())
