@@ -500,7 +500,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def load_checkpoint(path: Path, *stages: str) -> dict:
-    """Read a checkpoint of one of the stages onto the CPU, without unpickling; exits 2 on anything else."""
+    """Read a checkpoint of one of the stages onto the CPU; no code in a file is run; exits 2 on anything else."""
     if path.exists() and not path.is_file():
         fail(f"{path}: not a regular file")
     try:

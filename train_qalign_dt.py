@@ -10,7 +10,7 @@ authors' code:
     alignment_loss     Eq. 5   an RTG raised (lowered) by a random delta must not lower (raise) Q
     actor_loss         Eq. 6   the supervised loss on actions and states + lambda_e times the alignment loss
     CoTraining.step    Algorithm 1
-    add_noise, limit_push, update_average   ours; off for D4RL's names
+    add_noise, limit_push, update_average   ours; off for D4RL's -v2 names and AntMaze
 
 Reads <runs-dir>/<env>__data/dataset.pt (data/prepare.py makes it; class Dataset lists what is in it) and stage 1's
 critic.pt; both are made first where they are missing. Writes <runs-dir>/<env>__<exp-name>__<seed>/ with policy.pt,
@@ -131,7 +131,8 @@ class Args:
     """std sigma_n, in raw Q units, of the noise added to the target critic (Table E.13)"""
 
     eval_every: Int = None
-    """gradient steps between evaluations at high target returns; 0: never (default: a tenth of the run)"""
+    """gradient steps between evaluations at high target returns, the first before training; 0: never
+    (default: a tenth of the run)"""
     eval_rollouts: int = 5
     """episodes per target return in those evaluations"""
 
@@ -169,7 +170,7 @@ TABLE_D8 = {  # sigma_e, lambda_e, delta_rtg
 }
 SAME_QUALITY = {"expert": "medium-expert", "random": "medium"}
 D4RL_DATA = dict(max_push=0.0, action_noise=0.0, dropout=0.1, average=0.0, eval_context_len=0)  # nothing of ours
-# For all data that are neither D4RL's nor AntMaze: one set of numbers (results/pages/robust_alignment.md).
+# For all other data than D4RL's -v2 sets and AntMaze: one set of numbers (results/pages/robust_alignment.md).
 OTHER_DATA = dict(sigma_e=1.0, lambda_e=0.1, delta_rtg=0.5, max_push=0.3, action_noise=0.3)
 OTHER_DATA |= dict(dropout=0.0, average=0.002, eval_context_len=5)
 PAPER = dict(total_steps=100_000, embed_dim=256, n_layer=4, n_head=4, context_len=20)
@@ -189,7 +190,8 @@ def resolve(args: Args, data: "Dataset", device: torch.device) -> Config:
         row = TABLE_D8["halfcheetah" if task.body == "ant" else task.body][quality]
         loss = D4RL_DATA | dict(zip(("sigma_e", "lambda_e", "delta_rtg"), row))
     defaults = loss | (SMALL if task.quality == "mini" else PAPER) | dict(rtg_range=task.rtg_range)
-    values = vars(args) | defaults | {name: value for name, value in vars(args).items() if value is not None}
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    values = vars(args) | defaults | given  # later ones win
     values["device"] = device.type  # the random streams of CPU and CUDA differ, so a run stays on one kind
     values["bf16"] = use_bf16(args.precision, device)
     values["max_timestep"] = max(MAX_TIMESTEP, int(data.lengths.max()))
@@ -321,6 +323,7 @@ class Block(nn.Module):
         self.heads, self.dropout = heads, nn.Dropout(dropout)
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        # groups=3: q, k and v each have a dense convolution of their own, over 6 tokens
         self.conv = nn.Conv2d(3 * width, 3 * width, (1, 6), groups=3) if conv else None
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
@@ -369,7 +372,7 @@ class Policy(nn.Module):
         self.norm_in, self.norm_out = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
         self.blocks = nn.ModuleList(Block(embed_dim, n_head, conv, dropout) for _ in range(n_layer))
         self.action_head, self.state_head = nn.Linear(embed_dim, act_dim), nn.Linear(embed_dim, obs_dim)
-        for module in self.modules():  # GPT-2's initialisation
+        for module in self.modules():  # GPT-2's initialisation; the convolution keeps torch's
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear):
@@ -604,15 +607,15 @@ def actor_loss(policy, critic, batch: Batch, q_scale: float, config: Config, gen
         # clean and perturbed windows in one forward pass; dropout draws an independent mask for each
         both = [torch.cat(pair) for pair in zip(batch.inputs, perturbed)]
         (a_hat, a_shifted), (s_hat, _) = (x.chunk(2) for x in policy(*both))
-        a_compared, a = a_shifted, a_hat  # where Q is compared
+        a_plus, a_base = a_shifted, a_hat  # where Q is compared
         if config.action_noise:
-            a_compared, a = add_noise(a_shifted, a_hat, batch, config.action_noise, generator)
+            a_plus, a_base = add_noise(a_shifted, a_hat, batch, config.action_noise, generator)
         if config.max_push:
             limit_push(a_shifted, a_hat, batch, config.max_push)
         with torch.no_grad():
-            q = critic(batch.obs, a)
+            q = critic(batch.obs, a_base)
         critic.requires_grad_(False)  # Eq. 5 differentiates Q with respect to the action, not to its own weights
-        q_shifted = critic(batch.obs, a_compared)
+        q_shifted = critic(batch.obs, a_plus)
         critic.requires_grad_(True)
         sign = applied.sign()
         align, violated = alignment_loss(q_shifted / q_scale, q / q_scale, sign, batch.valid, config.alignment)
@@ -783,29 +786,31 @@ def main() -> None:
             content["critic"] = learner.critic.state_dict() if config.lambda_e > 0 else None
             save_checkpoint(folder / "policy.pt", content | {"episode_returns": torch.as_tensor(data.returns)})
 
+        def evaluate_if_due(step: int) -> None:
+            due = config.eval_every and (step % config.eval_every == 0 or step == config.total_steps)
+            if due and (not done.scores or done.scores[-1]["step"] < step):
+                achieved = evaluate(learner.eval_policy, data, config)
+                at = dict(zip((f"{target:g}" for target in task.targets), achieved))
+                evaluations.write({"step": step} | {f"score_at_{target}": y for target, y in at.items()})
+                bar.write(f"step {step:,}: score {', '.join(f'{y:.1f} at target return {x}' for x, y in at.items())}")
+
         saved = time.monotonic()
         with progress_bar(config.total_steps, done.step, "training") as bar:
-            for step in range(done.step, config.total_steps + 1):  # gradient steps done; the first round trains nothing
-                if step > done.step:
-                    actor_lr = learner.set_learning_rates(step - 1)
-                    sums += train_step()
-                    learner.update_average(step)
-                    done.step = step
-                    bar.update()
-                    if step % LOG_EVERY == 0 or step == config.total_steps:
-                        check_finite(learner, sums, step)
-                        means = (sums / ((step - 1) % LOG_EVERY + 1)).tolist()  # over the steps since the last row
-                        metrics.write({"step": step, **dict(zip(METRICS, means)), "actor_lr": actor_lr})
-                        shown = ("action_loss", "state_loss", "align_loss", "violated", "q_mean")
-                        bar.set_postfix_str(" ".join(f"{name} {done.rows[-1][name]:.3g}" for name in shown))
-                        sums.zero_()
-                due = config.eval_every and (step % config.eval_every == 0 or step == config.total_steps)
-                if due and (not done.scores or done.scores[-1]["step"] < step):
-                    achieved = evaluate(learner.eval_policy, data, config)
-                    at = dict(zip((f"{target:g}" for target in task.targets), achieved))
-                    evaluations.write({"step": step} | {f"score_at_{target}": y for target, y in at.items()})
-                    shown = ", ".join(f"{y:.1f} at target return {target}" for target, y in at.items())
-                    bar.write(f"step {step:,}: score {shown}")
+            evaluate_if_due(done.step)
+            for step in range(done.step + 1, config.total_steps + 1):  # Algorithm 1, line 2
+                actor_lr = learner.set_learning_rates(step - 1)
+                sums += train_step()
+                learner.update_average(step)
+                done.step = step
+                bar.update()
+                if step % LOG_EVERY == 0 or step == config.total_steps:
+                    check_finite(learner, sums, step)
+                    means = (sums / ((step - 1) % LOG_EVERY + 1)).tolist()  # over the steps since the last row
+                    metrics.write({"step": step, **dict(zip(METRICS, means)), "actor_lr": actor_lr})
+                    shown = ("action_loss", "state_loss", "align_loss", "violated", "q_mean")
+                    bar.set_postfix_str(" ".join(f"{name} {done.rows[-1][name]:.3g}" for name in shown))
+                    sums.zero_()
+                evaluate_if_due(step)
                 if time.monotonic() - saved > args.checkpoint_minutes * 60:
                     save()
                     saved = time.monotonic()
@@ -930,7 +935,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def load_checkpoint(path: Path, *stages: str) -> dict:
-    """Read a checkpoint of one of the stages onto the CPU, without unpickling; exits 2 on anything else."""
+    """Read a checkpoint of one of the stages onto the CPU; no code in a file is run; exits 2 on anything else."""
     if path.exists() and not path.is_file():
         fail(f"{path}: not a regular file")
     try:

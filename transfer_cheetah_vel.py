@@ -154,6 +154,7 @@ class Block(nn.Module):
         self.heads, self.dropout = heads, nn.Dropout(dropout)
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        # groups=3: q, k and v each have a dense convolution of their own, over 6 tokens
         self.conv = nn.Conv2d(3 * width, 3 * width, (1, 6), groups=3) if conv else None
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
@@ -202,7 +203,7 @@ class Policy(nn.Module):
         self.norm_in, self.norm_out = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
         self.blocks = nn.ModuleList(Block(embed_dim, n_head, conv, dropout) for _ in range(n_layer))
         self.action_head, self.state_head = nn.Linear(embed_dim, act_dim), nn.Linear(embed_dim, obs_dim)
-        for module in self.modules():  # GPT-2's initialisation
+        for module in self.modules():  # GPT-2's initialisation; the convolution keeps torch's
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear):
@@ -743,7 +744,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def load_checkpoint(path: Path, *stages: str) -> dict:
-    """Read a checkpoint of one of the stages onto the CPU, without unpickling; exits 2 on anything else."""
+    """Read a checkpoint of one of the stages onto the CPU; no code in a file is run; exits 2 on anything else."""
     if path.exists() and not path.is_file():
         fail(f"{path}: not a regular file")
     try:

@@ -9,7 +9,8 @@ writes <runs-dir>/<env>__data/dataset.pt: whole episodes one after the other (N 
     terminals (N,) bool: the MDP ended here; ends (E,) int64: where episodes end, exclusive (no terminal: a timeout)
     obs_mean, obs_std (obs_dim,) float32; task: a dict of plain values, class Task
 
-The stages that train call `prepare` themselves where that file is missing. Bad data are one line and leave no file.
+The stages that train call `prepare` themselves where that file is missing. Bad data end in a one-line error, and no
+file is written.
 """
 
 import contextlib
@@ -133,6 +134,7 @@ def parse_env(name: str) -> dict:
     known = [f"{b}-{q}-v2" for b in BODIES for q in (MAZES if b == "antmaze" else QUALITIES)]
     known += mazes().MAZE2D
     qualities = MAZES if body == "antmaze" else (*QUALITIES, "mixed", "mini")
+    # "hopper-medium-replay" is D4RL's name without its -v2, not data of your own that are tagged "replay"
     own = re.fullmatch(r"\w[\w.]*", tag, re.ASCII) and tag != "v2" and f"{name}-v2" not in known
     if own and re.fullmatch(r"v\d+", tag):
         fail(f"--env {name}: of D4RL's data only -v2 is known here; for a file of your own take another tag")
@@ -729,7 +731,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def load_checkpoint(path: Path, *stages: str) -> dict:
-    """Read a checkpoint of one of the stages onto the CPU, without unpickling; exits 2 on anything else."""
+    """Read a checkpoint of one of the stages onto the CPU; no code in a file is run; exits 2 on anything else."""
     if path.exists() and not path.is_file():
         fail(f"{path}: not a regular file")
     try:
