@@ -954,7 +954,7 @@ def load_checkpoint(path: Path, *stages: str) -> dict:
             if isinstance(x, dict | list | tuple) and id(x) not in seen:
                 seen.add(id(x))
                 todo += x.values() if isinstance(x, dict) else x
-            elif torch.is_tensor(x) and (x.layout != torch.strided or x.numel() * x.element_size() > size):
+            elif torch.is_tensor(x) and (x.requires_grad or x.is_meta or x.layout != torch.strided or x.nbytes > size):
                 raise ValueError("damaged")
         return content
     except OSError as error:
@@ -1220,6 +1220,8 @@ def make_env(env_id: str, kwargs: dict | None = None):
     known = "'settotalmass' is deprecated"  # a remark on Gymnasium's half_cheetah.xml
     mujoco.set_mju_user_warning(lambda text: None if known in text else warnings.warn(f"MuJoCo: {text}", stacklevel=2))
     try:
+        if any(isinstance(x, int) and abs(x) > 10_000 for x in (kwargs or {}).values()):  # such as frame_skip
+            raise ValueError("a whole number among its arguments is above 10,000")
         if env_id.startswith("qalign_mazes:"):
             here = Path(__file__).resolve().parent
             load_module(here / ("" if here.name == "data" else "data") / "qalign_mazes.py")  # registers them
