@@ -322,7 +322,7 @@ def names(rng):
 
 def kills(rng):
     """The first process is killed here; the same command again is what is judged."""
-    preparing, argv, real = rng.random() < 0.5, [*DATA, *TINY2], subprocess.run
+    preparing, argv, real = rng.random() < 0.5, [*DATA.split(), *TINY2], subprocess.run
     where, count, delay = rng.choice(("replace", "fsync", "mkdir")), rng.choice((1, 1, 2)), rng.uniform(0, 8)
     for name in (POLICY, RESUME1, RESUME2, DATASET if preparing else CRITIC):
         Path(name).unlink()
@@ -363,7 +363,9 @@ def attack(make, index: int, seed: int, base: Path) -> tuple[str, str, str]:
         before = files(here)
         end = wait(launch(script, argv, here, *patch), LIMIT + 60 * bool(patch))
         wrong = verdict(end, kind, script, argv, here, before)
-        if patch and not wrong:
+        if patch and end:
+            wrong = wrong or (here.parent / "err").read_text()
+        elif patch and not wrong:
             again = torch.load(here / POLICY, weights_only=True)["policy"]
             wrong = "" if all(torch.equal(x, again[key]) for key, x in policy.items()) else "other weights"
         return kind, wrong, f"--only {kind}:{index}: {how}; python {script} {' '.join(f'{x!r:.90}' for x in argv)}"
