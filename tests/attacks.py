@@ -37,7 +37,7 @@ import tyro
 from conftest import ENV, ROOT, TINY1, TINY2, record, write_hdf5
 
 torch.set_num_threads(1)
-LIMIT, MINARI, ID = 20, "minari/tests/hopper/mixed-v0/data", "tests/hopper/mixed-v0"
+LIMIT, MINARI, ID = 60, "minari/tests/hopper/mixed-v0/data", "tests/hopper/mixed-v0"
 RUN1, RUN2 = f"runs/{ENV}__pretrain_q__1", f"runs/{ENV}__train_qalign_dt__1"
 DATASET, CRITIC, RESUME1 = f"runs/{ENV}__data/dataset.pt", f"{RUN1}/critic.pt", f"{RUN1}/resume.pt"
 POLICY, RESUME2, VDT = f"{RUN2}/policy.pt", f"{RUN2}/resume.pt", f"runs/{ENV}__train_vdt__1/policy.pt"
