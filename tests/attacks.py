@@ -27,6 +27,7 @@ import zipfile
 from pathlib import Path
 
 os.environ |= dict(OMP_NUM_THREADS="1", MINARI_DATASETS_PATH="minari", D4RL_DATASET_DIR="d4rl", HOME="home")
+os.environ.setdefault("MPLCONFIGDIR", tempfile.gettempdir())  # not below HOME
 
 import h5py
 import matplotlib.figure  # noqa: F401  what scripts import late, once for all
