@@ -385,8 +385,8 @@ def test_main_writes_numbers_and_figure(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(theory, "ITERATIONS", 20)
     monkeypatch.setattr(sys, "argv", ["tabular_alignment.py", "--out", str(tmp_path / "new")])
     theory.main()
-    assert (tmp_path / "new" / "theory.png").stat().st_size > 50_000
-    numbers = json.loads((tmp_path / "new" / "theory.json").read_text())
+    assert (tmp_path / "new" / "figures" / "theory.png").stat().st_size > 50_000
+    numbers = json.loads((tmp_path / "new" / "raw" / "theory.json").read_text())
     assert len(numbers["runs"]) == 15 and all(len(row) == len(numbers["columns"]) for row in numbers["runs"].values())
     assert numbers["runs"][theory.ALIGNED][1] < 1e-3 and numbers["runs"][theory.DT][0] < 1e-3
     printed = capsys.readouterr().out

@@ -258,7 +258,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent / "results")
     out = parser.parse_args().out
-    out.mkdir(parents=True, exist_ok=True)
+    for folder in ("raw", "figures"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
     world = gridworld()
     data = collect(world, behaviour_policy())
     beta, star = q_beta(world, data), q_star(world, data)
@@ -301,8 +302,10 @@ def main() -> None:
         table[name], curves[name], policies[name] = measure(world, **{"data": data} | options)
         print(f"  {name:36}" + "".join(f"{x:11.3f}" for x in table[name]))
     print(f"\n{__doc__[__doc__.index('Assumed') :]}")
-    (out / "theory.json").write_text(json.dumps({"Theorem 5.1": counts, "columns": HEADER, "runs": table}, indent=1))
-    draw(world, data, star, curves, policies, table).savefig(out / "theory.png", dpi=130)
+    (out / "raw" / "theory.json").write_text(
+        json.dumps({"Theorem 5.1": counts, "columns": HEADER, "runs": table}, indent=1)
+    )
+    draw(world, data, star, curves, policies, table).savefig(out / "figures" / "theory.png", dpi=130)
 
 
 def draw(world, data, star, curves, policies, table) -> Figure:
