@@ -175,10 +175,8 @@ def subprocess_help(path, cwd=None):
     return result.returncode, result.stdout, result.stderr
 
 
-ALONE = [pytest.param(s, marks=() if s == "train_qalign_dt" else pytest.mark.slow) for s in STAGES]
-
-
-@pytest.mark.parametrize("script", ALONE)
+@pytest.mark.slow
+@pytest.mark.parametrize("script", STAGES)
 def test_each_stage_is_one_file(script, tmp_path):
     """Copied away alone, from another working directory."""
     (tmp_path / "alone").mkdir()
@@ -189,7 +187,11 @@ def test_each_stage_is_one_file(script, tmp_path):
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [Path(path)]
 
 
-def test_each_stage_runs_where_it_was_copied_to_with_the_checkpoints_that_it_reads(tmp_path, pipeline):
+TOGETHER = [STAGES[1:3], pytest.param((STAGES[0], STAGES[3]), marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("names", TOGETHER, ids=" and ".join)
+def test_each_stage_runs_where_it_was_copied_to_with_the_checkpoints_that_it_reads(names, tmp_path, pipeline):
     """One file and its .pt files, from another working directory, in a process of its own; the weights are the same."""
     data, critic, run = Path(f"{ENV}__data", "dataset.pt"), Path(f"{ENV}__pretrain_q__1", "critic.pt"), f"{ENV}__%s__1"
     policy, results = Path(run % "train_qalign_dt", "policy.pt"), {"alignment.json", "alignment.csv", "alignment.png"}
@@ -202,7 +204,8 @@ def test_each_stage_runs_where_it_was_copied_to_with_the_checkpoints_that_it_rea
         "transfer_cheetah_vel": ({policy: cheetah}, ["--checkpoint", Path("runs", policy), *quick], {"transfer.json"}),
     }
     processes = {}
-    for name, (files, flags, _) in stages.items():
+    for name in names:
+        files, flags, _ = stages[name]
         for file, source in files.items():
             path = tmp_path / name / "elsewhere" / "runs" / file
             path.parent.mkdir(parents=True)

@@ -377,7 +377,7 @@ def test_ctrl_c_ends_the_processes_and_the_same_runs_continue(tmp_path):
     files = [run.stages["training"][0] / "pid" for run in runs]
 
     def interrupt():
-        while not (files[0].exists() and files[1].exists()):
+        while not all(file.exists() and file.read_text() for file in files[:2]):  # made, and written
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
