@@ -1117,7 +1117,7 @@ def restore(content: dict, path: Path, learner, sums: torch.Tensor, total_steps:
                 expected["state"] = {i: per_weight[i] for i in found["state"]}  # none for weights without a gradient
                 check_same(found["param_groups"][0] | {"lr": 0}, group | {"lr": 0}, f"{name}.param_groups")
                 lr = found["param_groups"][0]["lr"]  # a tensor in stage 2, a number elsewhere
-                if type(lr) is not type(group["lr"]) or not 0 <= float(lr) < 1:
+                if type(lr) is not type(group["lr"]) or not 0 <= float(lr) <= 1e9:
                     raise ValueError(f"{name}'s learning rate is impossible")
                 check_same(found["state"], expected["state"], name)
             else:

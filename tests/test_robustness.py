@@ -755,6 +755,8 @@ def test_a_learning_rate_far_too_high_never_saves_what_is_not_finite(stage, run_
         saved = list((tmp_path / f"{ENV}__{steps}_steps__1").glob("*.pt"))
         assert all(is_finite(path) for path in saved) and (code == 0 or code == 1 and "finite" in err), err
     assert code == 1  # 30 steps of it overflow
+    code, out, err = run_main(stage, *command)
+    assert code == 1 and "finite" in err  # continued from the last good state, it meets the same end
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
