@@ -492,7 +492,7 @@ def test_a_tuned_method_and_one_with_its_own_inference(data, main, tmp_path, mon
     assert list(tuned["seconds"]) == ["base", "training", "sweep"]
     assert list(qt["seconds"]) == ["critic", "training", "sweep", "best"]
     assert all(x > 0 for record in (tuned, qt) for x in record["seconds"].values())
-    best = json.loads(Path(f"runs/{ENV}__train_qt__1/high_targets_best.json").read_text())
+    best = json.loads(Path(f"runs/noise/{ENV}__train_qt__1/high_targets_best.json").read_text())
     assert (tuned["inference"], qt["inference"]) == ({}, {"best": best}) and best["inference"] == "best"
     rows = list(csv.DictReader(open("r/studies/noise/vdt_online.csv")))
     scores = [row["score, --inference best"] for row in rows]
