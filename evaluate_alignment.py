@@ -10,7 +10,7 @@ that RADT's authors report, --video a GIF. Policies of baselines/ are evaluated 
 """
 
 import csv
-import importlib.util
+import importlib
 import io
 import json
 import math
@@ -96,8 +96,6 @@ class Args:
 
 
 # ======== shared: data ========
-
-
 @dataclass(frozen=True)
 class Task:
     """What dataset.pt, and with it every policy.pt, says of the environment. Returns are raw unless noted."""
@@ -124,19 +122,16 @@ class Task:
     sources: list  # the files: name, size, time, sha256
 
     def __post_init__(self):
-        numbers = (self.ref_min, self.ref_max, self.rtg_scale, self.reward_shift, *self.rtg_range, *self.targets)
         sizes, texts = (self.obs_dim, self.act_dim, self.horizon), (self.name, self.env_id, self.label, self.digest)
-        if not all(map(math.isfinite, (*numbers, *self.sweep))) or not all(0 < n <= 10**6 for n in sizes):
-            raise ValueError("a number of the task is out of bounds")
-        if self.ref_min >= self.ref_max or self.rtg_scale <= 0 or not self.targets:
-            raise ValueError("the task's reference returns, scale or targets are impossible")
+        possible = self.ref_min < self.ref_max and self.rtg_scale > 0 and len(self.targets) > 0
+        if not possible or not all(0 < n <= 10**6 for n in sizes):
+            raise ValueError("a number of the task is impossible")
         if not all(text.isprintable() and len(text) <= 400 for text in texts):
             raise ValueError("a text of the task cannot be printed")
 
     @property
     def folder(self) -> str:
-        """What run folders start with."""
-        return self.name.replace("/", "--")
+        return self.name.replace("/", "--")  # what run folders start with
 
     def score(self, returns):
         """D4RL score: 0 for a random policy's return, 100 for an expert's."""
@@ -152,9 +147,8 @@ class Task:
 
 # ======== end of shared: data ========
 
+
 # ======== shared: policy ========
-
-
 class Block(nn.Module):
     """Pre-LN transformer block: causal attention, then a GELU MLP of four times the width."""
 
@@ -165,15 +159,12 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         # groups=3: q, k and v each have a dense convolution of their own, over 6 tokens
         self.conv = nn.Conv2d(3 * width, 3 * width, (1, 6), groups=3) if conv else None
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
-        )
+        hidden = nn.Linear(width, 4 * width)
+        self.mlp = nn.Sequential(hidden, nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout))
 
     def causal_conv(self, qkv):  # (B, T, 3 D) -> (B, T, 3 D)
-        """App. D.1: every q, k and v token becomes a mixture of itself and its five predecessors.
-
-        (In two dimensions and padded first, the tensor is channels-last in memory: the fastest layout.)
-        """
+        """App. D.1: every q, k and v token becomes a mixture of itself and its five predecessors."""
+        # in two dimensions and padded first, the tensor is channels-last in memory: the fastest layout
         return self.conv(F.pad(qkv, (0, 0, 5, 0)).transpose(1, 2).unsqueeze(2)).squeeze(2).transpose(1, 2)
 
     def attend(self, x, keep, bias):  # (B, T, D), (B, T, 1), (B, 1, T, T) -> (B, T, D)
@@ -252,19 +243,17 @@ def make_policy(task: Task, config: dict, bf16: bool) -> Policy:
 
 def use_bf16(precision: str, device: torch.device) -> bool:
     """Whether the blocks run in bfloat16; `auto`: where the hardware multiplies it, as CUDA, AMX and AVX-512 can."""
-    if precision == "auto" and device.type == "cuda":
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if precision == "auto":
-        cpu = torch.cpu.get_capabilities()
-        return cpu.get("amx_bf16", False) or cpu.get("avx512_bf16", False)
-    return precision == "bf16"
+    return any(torch.cpu.get_capabilities().get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
 # ======== end of shared: policy ========
 
+
 # ======== shared: critic ========
-
-
 class Ensemble(nn.Module):
     """n independent networks, computed side by side: three hidden layers (App. D.1), Mish (release), linear output.
 
@@ -290,9 +279,8 @@ class Ensemble(nn.Module):
 
 # ======== end of shared: critic ========
 
+
 # ======== shared: rollout ========
-
-
 class Rollouts(NamedTuple):
     """n finished episodes, in the order of their targets; after an episode's end the per-step arrays hold NaN."""
 
@@ -478,8 +466,6 @@ def behaviour(record: dict, velocities: np.ndarray, handful: int = 5) -> list[di
 
 
 # ======== shared: correlation ========
-
-
 def rank_correlation(x, y) -> float | None:
     """Spearman's; None where it is undefined: fewer than two values, or constant ones."""
     from scipy.stats import spearmanr  # imported here: it takes a while
@@ -683,8 +669,6 @@ def write_behaviour(stem: Path, setting: dict, records: list[dict], velocities: 
 
 
 # ======== shared: results ========
-
-
 BASELINES = ("train_radt", "train_vdt", "tune_vdt", "train_qt", "train_rvdt")  # in baselines/, with policies as here
 OURS = ("lambda_e", "max_push", "action_noise", "dropout", "average", "eval_context_len", "alignment")
 OURS += ("conv", "state_loss")  # what result files say of a Q-Align DT
@@ -959,7 +943,6 @@ class Environments:
 
 
 # ======== shared: setup ========
-
 FORMAT = 6  # of the checkpoint files
 
 
@@ -1041,34 +1024,31 @@ def load_checkpoint(path: Path, *stages: str) -> dict:
 def load_module(script: Path):
     """One of our own files, as a module."""
     if script.stem not in sys.modules:
-        spec = importlib.util.spec_from_file_location(script.stem, script)
-        sys.modules[script.stem] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[script.stem]
+        sys.path.insert(0, str(script.parent))
+    return importlib.import_module(script.stem)
 
 
 # ======== end of shared: setup ========
 
+
 # ======== shared: checks ========
-
-
 def fits(x, hint) -> bool:
     """Whether a value read from a file has a type of plain data: float takes int; NaN and infinity are no numbers."""
     kind, args = typing.get_origin(hint), typing.get_args(hint)
-    if kind is Literal:
-        return any(type(x) is type(arg) and x == arg for arg in args)
-    if kind in (typing.Union, types.UnionType):
+    if isinstance(hint, types.UnionType):
         return any(fits(x, arg) for arg in args)
-    if kind is tuple:
-        every = args[:1] * len(x) if isinstance(x, tuple) and args[-1] is ... else args
-        return isinstance(x, tuple) and len(x) == len(every) and all(map(fits, x, every))
-    if kind is list:
-        return isinstance(x, list) and all(fits(y, args[0]) for y in x)
     if kind is dict:
         return isinstance(x, dict) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in x.items())
+    if kind in (tuple, list):  # of one type; tuple[float, float] also says how many
+        any_length = kind is list or args[-1] is ...
+        return isinstance(x, kind) and (any_length or len(x) == len(args)) and all(fits(y, args[0]) for y in x)
     if hint is float:
         return type(x) in (int, float) and math.isfinite(x)
     return type(x) is hint
+
+
+PLAIN = str | int | float | bool | None
+CONFIG = dict[str, PLAIN | tuple[PLAIN, ...]]  # a checkpoint's configuration
 
 
 def build(cls, values: dict):
@@ -1076,8 +1056,9 @@ def build(cls, values: dict):
     hints = typing.get_type_hints(cls)
     if not isinstance(values, dict) or set(values) != set(hints):
         raise ValueError(f"{cls.__name__} needs {', '.join(hints)}")
-    if wrong := [name for name, hint in hints.items() if not fits(values[name], hint)]:
-        raise ValueError(f"{wrong[0]} is not of type {hints[wrong[0]]}")
+    for name, hint in hints.items():
+        if not fits(values[name], hint):
+            raise ValueError(f"{name} is not of type {hint}")
     return cls(**values)
 
 
@@ -1089,10 +1070,9 @@ def check_same(found, expected, name: str) -> None:
         for key in expected:
             check_same(found[key], expected[key], f"{name}.{key}")
     elif torch.is_tensor(expected):
-        if not torch.is_tensor(found) or (found.shape, found.dtype) != (expected.shape, expected.dtype):
-            raise ValueError(f"{name} has another shape or type")
-        if not found.isfinite().all():
-            raise ValueError(f"{name} is not finite")
+        same = torch.is_tensor(found) and (found.shape, found.dtype) == (expected.shape, expected.dtype)
+        if not same or not found.isfinite().all():
+            raise ValueError(f"{name} has another shape or type, or is not finite")
     elif type(found) is not type(expected) or found != expected:
         raise ValueError(f"{name} is another")
 
@@ -1118,13 +1098,12 @@ def pick_device(name: str) -> torch.device:
 
 # ======== end of shared: checks ========
 
+
 # ======== shared: environment ========
-
-
 def make_env(env_id: str, kwargs: dict | None = None):
     """Gymnasium's environment without its time limit; observations a vector, actions in [-1, 1]. Exits 2 on any other.
 
-    env_id may come from a file, so it chooses among Gymnasium's own environments, gymnasium_robotics' and the mazes in
+    env_id may come from a file: it chooses among Gymnasium's own environments, gymnasium_robotics' and the mazes in
     data/qalign_mazes.py, and no other code.
     """
     if "mujoco" not in sys.modules:  # make_renderer imports it first: nothing will be rendered, so look for no OpenGL
@@ -1157,9 +1136,7 @@ def make_env(env_id: str, kwargs: dict | None = None):
         if (low != -1).any() or (high != 1).any():
             env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
         return env
-    except (ImportError, FileNotFoundError) as error:
-        fail(f"environment {env_id} needs {getattr(error, 'name', None) or error.filename}, which is missing here")
-    except Exception as error:  # an unknown name, other spaces, arguments that the environment does not take
+    except Exception as error:  # an unknown name, other spaces or arguments, a package that is missing
         fail(f"environment {env_id}: {one_line(error)}")
 
 

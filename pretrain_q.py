@@ -13,7 +13,7 @@ Stop it at any time, even with kill -9: the same command resumes.
 
 import contextlib
 import copy
-import importlib.util
+import importlib
 import io
 import json
 import math
@@ -43,43 +43,29 @@ import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
-# the help text of a flag that depends on the data names its defaults itself
-Int, Float = (Annotated[kind | None, tyro.conf.arg(help_behavior_hint="")] for kind in (int, float))
+BY_DATA = tyro.conf.arg(help_behavior_hint="")  # the help text names the default, which depends on the data
+Int, Float = (Annotated[kind | None, BY_DATA] for kind in (int, float))
 
 
 @dataclass(frozen=True)
 class Args:
-    env: str = "hopper-mini"
-    """a D4RL name, your own data's <body>-<quality>-<tag>, or a Minari id (README, "Data")"""
-    seed: int = 1
-    """seed of the initial weights and the batches"""
-    dataset_path: tuple[str, ...] = ()
-    """HDF5 file(s) in D4RL's or Minari's layout to use instead; several are concatenated"""
-    runs_dir: str = "runs"
-    """folder of all runs"""
-    exp_name: str = "pretrain_q"
-    """name of this experiment; the run folder is <runs-dir>/<env>__<exp-name>__<seed>"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where to train; auto takes CUDA if there is one"""
-    track: bool = False
-    """log to Weights & Biases, too: pip install wandb"""
-    checkpoint_minutes: float = 2.0
-    """wall-clock time between resume.pt files; on a CPU no bit of a run's result depends on it"""
+    env: str = "hopper-mini"  # a D4RL name, your own data's <body>-<quality>-<tag>, or a Minari id (README, "Data")
+    seed: int = 1  # seed of the initial weights and the batches
+    dataset_path: tuple[str, ...] = ()  # HDF5 files to use instead, in D4RL's or Minari's layout; they are concatenated
+    runs_dir: str = "runs"  # folder of all runs
+    exp_name: str = "pretrain_q"  # the run folder is <runs-dir>/<env>__<exp-name>__<seed>
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to train; auto takes CUDA if there is one
+    track: bool = False  # log to Weights & Biases, too: pip install wandb
+    checkpoint_minutes: float = 2.0  # wall-clock time between resume.pt files; no result on a CPU depends on it
 
-    method: Annotated[Literal["sarsa", "iql"] | None, tyro.conf.arg(help_behavior_hint="")] = None
-    """how the critic is trained (default: iql for AntMaze, sarsa for everything else)"""
-    total_steps: Int = None
-    """gradient steps (default: 2,000,000; mini: 10,000)"""
+    method: Annotated[Literal["sarsa", "iql"] | None, BY_DATA] = None  # (default: iql for AntMaze, else sarsa)
+    total_steps: Int = None  # gradient steps (default: 2,000,000; mini: 10,000)
+    # steps that first regress on discounted returns (default: 0; 9/10 of a SARSA run too short for Q to converge)
     warm_start_steps: Int = None
-    """regress on discounted returns first (default: 0; 9/10 of a SARSA run too short for Q to converge)"""
-    batch_size: int = 512
-    """transitions per gradient step"""
-    critic_width: Int = None
-    """hidden width of the critic (default: 256; mini: 128)"""
-    lr: Float = None
-    """Adam learning rate (default: 1e-4; mini: 3e-4)"""
-    gamma: float = 0.99
-    """discount of Q (App. D.2), which stage 2 takes from the critic"""
+    batch_size: int = 512  # transitions per gradient step
+    critic_width: Int = None  # hidden width of the critic (default: 256; mini: 128)
+    lr: Float = None  # Adam learning rate (default: 1e-4; mini: 3e-4)
+    gamma: float = 0.99  # discount of Q (App. D.2), which stage 2 takes from the critic
 
     def __post_init__(self):
         check_args(self, {"total_steps": 1, "batch_size": 1, "critic_width": 1})
@@ -108,8 +94,6 @@ def resolve(args: Args, task: "Task", device: torch.device) -> Args:
 
 
 # ======== shared: data ========
-
-
 @dataclass(frozen=True)
 class Task:
     """What dataset.pt, and with it every policy.pt, says of the environment. Returns are raw unless noted."""
@@ -136,19 +120,16 @@ class Task:
     sources: list  # the files: name, size, time, sha256
 
     def __post_init__(self):
-        numbers = (self.ref_min, self.ref_max, self.rtg_scale, self.reward_shift, *self.rtg_range, *self.targets)
         sizes, texts = (self.obs_dim, self.act_dim, self.horizon), (self.name, self.env_id, self.label, self.digest)
-        if not all(map(math.isfinite, (*numbers, *self.sweep))) or not all(0 < n <= 10**6 for n in sizes):
-            raise ValueError("a number of the task is out of bounds")
-        if self.ref_min >= self.ref_max or self.rtg_scale <= 0 or not self.targets:
-            raise ValueError("the task's reference returns, scale or targets are impossible")
+        possible = self.ref_min < self.ref_max and self.rtg_scale > 0 and len(self.targets) > 0
+        if not possible or not all(0 < n <= 10**6 for n in sizes):
+            raise ValueError("a number of the task is impossible")
         if not all(text.isprintable() and len(text) <= 400 for text in texts):
             raise ValueError("a text of the task cannot be printed")
 
     @property
     def folder(self) -> str:
-        """What run folders start with."""
-        return self.name.replace("/", "--")
+        return self.name.replace("/", "--")  # what run folders start with
 
     def score(self, returns):
         """D4RL score: 0 for a random policy's return, 100 for an expert's."""
@@ -164,31 +145,28 @@ class Task:
 
 # ======== end of shared: data ========
 
+
 # ======== shared: dataset ========
-
-
 class Dataset:
     """The content of dataset.pt: whole episodes one after the other, N transitions in E episodes."""
 
     def __init__(self, content: dict):
         self.task = task = build(Task, content["task"])
         N, E = len(content["rewards"]), len(content["ends"])
-        shapes = {
-            "observations": (torch.float32, (N, task.obs_dim)),  # raw
-            "actions": (torch.float32, (N, task.act_dim)),  # in [-1, 1]
-            "rewards": (torch.float32, (N,)),  # raw
-            "terminals": (torch.bool, (N,)),  # the MDP ended; the other episodes end by timeout
-            "ends": (torch.int64, (E,)),  # exclusive
-            "obs_mean": (torch.float32, (task.obs_dim,)),
-            "obs_std": (torch.float32, (task.obs_dim,)),
-        }
-        for name, (dtype, shape) in shapes.items():
-            x = content[name]
-            if x.dtype != dtype or x.shape != shape or not x.isfinite().all():
-                raise ValueError(f"{name} is not a finite array {shape}")
-        self.obs_mean, self.obs_std = content["obs_mean"], content["obs_std"]
+        with torch.device("meta"):  # shapes and types without content
+            expected = dict(
+                observations=torch.empty(N, task.obs_dim),  # raw
+                actions=torch.empty(N, task.act_dim),  # in [-1, 1]
+                rewards=torch.empty(N),  # raw
+                terminals=torch.empty(N, dtype=torch.bool),  # the MDP ended; the other episodes end by timeout
+                ends=torch.empty(E, dtype=torch.int64),  # exclusive
+                obs_mean=torch.empty(task.obs_dim),
+                obs_std=torch.empty(task.obs_dim),
+            )
+        check_same({name: content[name] for name in expected}, expected, "dataset.pt")
         arrays = (content[name].numpy() for name in ("observations", "actions", "rewards", "terminals", "ends"))
         self.observations, self.actions, self.rewards, self.terminals, self.ends = arrays
+        self.obs_mean, self.obs_std = content["obs_mean"], content["obs_std"]
         self.starts = np.concatenate([[0], self.ends[:-1]])
         self.lengths = self.ends - self.starts
         if not E or self.ends[-1] != N or self.lengths.min() < 1 or self.obs_std.min() <= 0:
@@ -211,15 +189,14 @@ def load_data(args) -> Dataset:
         content = load_checkpoint(path, "prepare")
     try:
         return Dataset(content)
-    except (ArithmeticError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # an edited file can break in any way
         fail(f"{path}: not a whole dataset ({one_line(error)}); remove it, and it is made again")
 
 
 # ======== end of shared: dataset ========
 
+
 # ======== shared: critic ========
-
-
 class Ensemble(nn.Module):
     """n independent networks, computed side by side: three hidden layers (App. D.1), Mish (release), linear output.
 
@@ -374,8 +351,6 @@ def report(learner: Pretraining) -> dict:
 
 
 # ======== shared: correlation ========
-
-
 def rank_correlation(x, y) -> float | None:
     """Spearman's; None where it is undefined: fewer than two values, or constant ones."""
     from scipy.stats import spearmanr  # imported here: it takes a while
@@ -452,7 +427,6 @@ class Progress:
 
 
 # ======== shared: setup ========
-
 FORMAT = 6  # of the checkpoint files
 
 
@@ -534,34 +508,31 @@ def load_checkpoint(path: Path, *stages: str) -> dict:
 def load_module(script: Path):
     """One of our own files, as a module."""
     if script.stem not in sys.modules:
-        spec = importlib.util.spec_from_file_location(script.stem, script)
-        sys.modules[script.stem] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[script.stem]
+        sys.path.insert(0, str(script.parent))
+    return importlib.import_module(script.stem)
 
 
 # ======== end of shared: setup ========
 
+
 # ======== shared: checks ========
-
-
 def fits(x, hint) -> bool:
     """Whether a value read from a file has a type of plain data: float takes int; NaN and infinity are no numbers."""
     kind, args = typing.get_origin(hint), typing.get_args(hint)
-    if kind is Literal:
-        return any(type(x) is type(arg) and x == arg for arg in args)
-    if kind in (typing.Union, types.UnionType):
+    if isinstance(hint, types.UnionType):
         return any(fits(x, arg) for arg in args)
-    if kind is tuple:
-        every = args[:1] * len(x) if isinstance(x, tuple) and args[-1] is ... else args
-        return isinstance(x, tuple) and len(x) == len(every) and all(map(fits, x, every))
-    if kind is list:
-        return isinstance(x, list) and all(fits(y, args[0]) for y in x)
     if kind is dict:
         return isinstance(x, dict) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in x.items())
+    if kind in (tuple, list):  # of one type; tuple[float, float] also says how many
+        any_length = kind is list or args[-1] is ...
+        return isinstance(x, kind) and (any_length or len(x) == len(args)) and all(fits(y, args[0]) for y in x)
     if hint is float:
         return type(x) in (int, float) and math.isfinite(x)
     return type(x) is hint
+
+
+PLAIN = str | int | float | bool | None
+CONFIG = dict[str, PLAIN | tuple[PLAIN, ...]]  # a checkpoint's configuration
 
 
 def build(cls, values: dict):
@@ -569,8 +540,9 @@ def build(cls, values: dict):
     hints = typing.get_type_hints(cls)
     if not isinstance(values, dict) or set(values) != set(hints):
         raise ValueError(f"{cls.__name__} needs {', '.join(hints)}")
-    if wrong := [name for name, hint in hints.items() if not fits(values[name], hint)]:
-        raise ValueError(f"{wrong[0]} is not of type {hints[wrong[0]]}")
+    for name, hint in hints.items():
+        if not fits(values[name], hint):
+            raise ValueError(f"{name} is not of type {hint}")
     return cls(**values)
 
 
@@ -582,10 +554,9 @@ def check_same(found, expected, name: str) -> None:
         for key in expected:
             check_same(found[key], expected[key], f"{name}.{key}")
     elif torch.is_tensor(expected):
-        if not torch.is_tensor(found) or (found.shape, found.dtype) != (expected.shape, expected.dtype):
-            raise ValueError(f"{name} has another shape or type")
-        if not found.isfinite().all():
-            raise ValueError(f"{name} is not finite")
+        same = torch.is_tensor(found) and (found.shape, found.dtype) == (expected.shape, expected.dtype)
+        if not same or not found.isfinite().all():
+            raise ValueError(f"{name} has another shape or type, or is not finite")
     elif type(found) is not type(expected) or found != expected:
         raise ValueError(f"{name} is another")
 
@@ -611,32 +582,31 @@ def pick_device(name: str) -> torch.device:
 
 # ======== end of shared: checks ========
 
+
 # ======== shared: run ========
-
-
 @contextlib.contextmanager
 def claim(folder: Path, wait: bool = False):
     """Make the run folder and hold its lock; if another process does, exit 2 or wait. Removes our leftover files."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except filelock.Timeout:
         if not wait:
             fail(f"{folder}: another process is writing this run; wait, or choose another --exp-name or --seed")
         print(f"{folder}: waiting for another process that writes it (Ctrl-C ends this one)", flush=True)
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         for left in folder.iterdir():
             if re.fullmatch(r"\w+\.(pt|csv|json)\.\d+\.tmp", left.name):
                 left.unlink()
-        yield
-    except BaseException as error:
-        saved = f"{folder}/resume.pt is the last good state" if (folder / "resume.pt").exists() else "nothing was saved"
-        error.add_note(f"{saved}; the same command continues")
-        raise
-    finally:
-        lock.release()
+        try:
+            yield
+        except BaseException as error:
+            path = folder / "resume.pt"
+            saved = f"{path} is the last good state" if path.exists() else "nothing was saved"
+            error.add_note(f"{saved}; the same command continues")
+            raise
 
 
 def load_own(path: Path, stage: str, identity: dict) -> dict | None:
@@ -644,8 +614,7 @@ def load_own(path: Path, stage: str, identity: dict) -> dict | None:
     if not os.path.lexists(path):
         return None
     content = load_checkpoint(path, stage)
-    theirs, plain = content.get("config"), str | int | float | bool | None
-    theirs = theirs if fits(theirs, dict[str, plain | tuple[plain, ...]]) else {}
+    theirs = content["config"] if fits(content.get("config"), CONFIG) else {}
     differs = [f"{k} {theirs.get(k)} there, {ours} here" for k, ours in identity.items() if theirs.get(k) != ours]
     if differs:
         fail(f"{path} is of another run ({'; '.join(differs[:3])}); choose another --exp-name, or remove {path.parent}")
@@ -680,20 +649,16 @@ def restore(content: dict, path: Path, learner, sums: torch.Tensor, total_steps:
         for name, part in learner.saved_state.items():
             found, expected = content[name], part.state_dict()
             if isinstance(part, torch.optim.Optimizer):
-                params, group = part.param_groups[0]["params"], expected["param_groups"][0]
-                per_weight = {i: dict(step=torch.zeros(()), exp_avg=p, exp_avg_sq=p) for i, p in enumerate(params)}
-                expected["state"] = {i: per_weight[i] for i in found["state"]}  # none for weights without a gradient
-                check_same(found["param_groups"][0] | {"lr": 0}, group | {"lr": 0}, f"{name}.param_groups")
-                lr = found["param_groups"][0]["lr"]  # a tensor in stage 2, a number elsewhere
-                if type(lr) is not type(group["lr"]) or not 0 <= float(lr) <= 1e9:
-                    raise ValueError(f"{name}'s learning rate is impossible")
-                check_same(found["state"], expected["state"], name)
+                (group,), (ours,) = found["param_groups"], expected["param_groups"]
+                group["lr"] = ours["lr"]  # it follows from the flags and the step
+                check_same(group, ours, f"{name}.param_groups")
+                weights = enumerate(part.param_groups[0]["params"])
+                moments = {i: dict(step=torch.zeros(()), exp_avg=p, exp_avg_sq=p) for i, p in weights}
+                expected = {i: moments[i] for i in found["state"]}  # none for weights without a gradient
+                check_same(found["state"], expected, f"{name}.state")
             else:
                 check_same(found, expected, name)
             part.load_state_dict(found)
-            for group in getattr(part, "param_groups", ()):
-                if torch.is_tensor(group["lr"]):  # loaded onto the CPU
-                    group["lr"] = group["lr"].to(sums.device)
         check_same(content["sums"], sums, "sums")
         sums.copy_(content["sums"])
         generator, cpu, cuda = content["random"]
@@ -706,7 +671,7 @@ def restore(content: dict, path: Path, learner, sums: torch.Tensor, total_steps:
         if not all(fits(step, int) and 0 <= step <= total_steps for step in steps):
             raise ValueError("a step is outside of the run")
         return done
-    except (ArithmeticError, KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+    except Exception as error:  # an edited file can break in any way
         fail(f"{path}: not a state of this run ({one_line(error)}); remove it to start anew")
 
 

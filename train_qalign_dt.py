@@ -20,7 +20,7 @@ resumes. The paper's size wants a GPU.
 
 import contextlib
 import copy
-import importlib.util
+import importlib
 import io
 import math
 import os
@@ -51,95 +51,60 @@ import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
-# the help text of a flag that depends on the data names its defaults itself
-Int, Float = (Annotated[kind | None, tyro.conf.arg(help_behavior_hint="")] for kind in (int, float))
+BY_DATA = tyro.conf.arg(help_behavior_hint="")  # the help text names the default, which depends on the data
+Int, Float, Str = (Annotated[kind | None, BY_DATA] for kind in (int, float, str))
 
 
 @dataclass(frozen=True)
 class Args:
-    env: str = "hopper-mini"
-    """a D4RL name, your own data's <body>-<quality>-<tag>, or a Minari id (README, "Data")"""
-    seed: int = 1
-    """seed of the initial weights, the windows, the perturbations and the evaluation episodes"""
-    dataset_path: tuple[str, ...] = ()
-    """HDF5 file(s) in D4RL's or Minari's layout to use instead; several are concatenated"""
-    runs_dir: str = "runs"
-    """folder of all runs"""
-    exp_name: str = "train_qalign_dt"
-    """name of this experiment; the run folder is <runs-dir>/<env>__<exp-name>__<seed>"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where to train; auto takes CUDA if there is one"""
+    env: str = "hopper-mini"  # a D4RL name, your own data's <body>-<quality>-<tag>, or a Minari id (README, "Data")
+    seed: int = 1  # seed of the initial weights, the windows, the perturbations and the evaluation episodes
+    dataset_path: tuple[str, ...] = ()  # HDF5 files to use instead, in D4RL's or Minari's layout; they are concatenated
+    runs_dir: str = "runs"  # folder of all runs
+    exp_name: str = "train_qalign_dt"  # the run folder is <runs-dir>/<env>__<exp-name>__<seed>
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to train; auto takes CUDA if there is one
+    # arithmetic of the transformer's blocks, the rest is always float32; auto: bf16 where the hardware has it
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """arithmetic of the transformer's blocks; auto: bf16 where the hardware has it. The rest is always float32"""
-    compile: bool = False
-    """torch.compile the networks and, on CUDA, replay each step as one CUDA graph"""
-    critic: Annotated[str, tyro.conf.arg(help_behavior_hint="")] = ""
-    """stage 1's critic.pt (default: the one of this env and seed)"""
-    track: bool = False
-    """log to Weights & Biases, too: pip install wandb"""
-    checkpoint_minutes: float = 2.0
-    """wall-clock time between resume.pt files; on a CPU no bit of a run's result depends on it"""
+    compile: bool = False  # torch.compile the networks and, on CUDA, replay each step as one CUDA graph
+    critic: Str = None  # stage 1's critic.pt (default: the one of this env and seed)
+    track: bool = False  # log to Weights & Biases, too: pip install wandb
+    checkpoint_minutes: float = 2.0  # wall-clock time between resume.pt files; no result on a CPU depends on it
 
-    total_steps: Int = None
-    """gradient steps; the learning rates decay to 0 by the last step (the policy's stays constant with --average)
-    (default: 100,000; mini: 5,000)"""
-    embed_dim: Int = None
-    """width of the transformer (default: 256; mini: 64)"""
-    n_layer: Int = None
-    """number of transformer blocks (default: 4; mini: 2)"""
-    n_head: Int = None
-    """attention heads per block (default: 4; mini: 2)"""
-    context_len: Int = None
-    """K, the window length in environment steps of three tokens (default: 20; mini: 10)"""
-    batch_size: Int = None
-    """windows per gradient step (default: 256; mini: 64)"""
-    critic_width: Int = None
-    """hidden width of the critic, that of --critic (default: 256; mini: 128)"""
-    actor_lr: Float = None
-    """Adam learning rate of the policy, with L2 1e-4 (default: 3e-4; mini: 1e-3)"""
+    total_steps: Int = None  # gradient steps, over which learning rates decay to 0 (default: 100,000; mini: 5,000)
+    embed_dim: Int = None  # width of the transformer (default: 256; mini: 64)
+    n_layer: Int = None  # number of transformer blocks (default: 4; mini: 2)
+    n_head: Int = None  # attention heads per block (default: 4; mini: 2)
+    context_len: Int = None  # K, the window length in environment steps of three tokens (default: 20; mini: 10)
+    batch_size: Int = None  # windows per gradient step (default: 256; mini: 64)
+    critic_width: Int = None  # hidden width of the critic, that of --critic (default: 256; mini: 128)
+    actor_lr: Float = None  # Adam learning rate of the policy, with L2 1e-4 (default: 3e-4; mini: 1e-3)
 
-    lambda_e: Float = None
-    """weight of the alignment loss, Eq. 6; 0 trains without a critic (default: Table D.8; own data: 0.1)"""
-    sigma_e: Float = None
-    """std of the RTG perturbation delta, Eq. 5, normalised RTG (default: Table D.8; own data: 1)"""
-    delta_rtg: Float = None
-    """Delta_RTG, by which the critic's target raises the RTG, Eq. 7 (default: Table D.8; own data: 0.5)"""
-    rtg_range: Annotated[tuple[float, float] | None, tyro.conf.arg(help_behavior_hint="")] = None
-    """bounds of a shifted window's first RTG, normalised (default: the release's for D4RL data, else the data's own)"""
+    lambda_e: Float = None  # weight of the alignment loss, Eq. 6; 0: no critic (default: Table D.8; own data: 0.1)
+    sigma_e: Float = None  # std of Eq. 5's delta, in normalised RTG (default: Table D.8; own data: 1)
+    delta_rtg: Float = None  # by which Eq. 7's targets raise the RTG, normalised (default: Table D.8; own data: 0.5)
+    # bounds of a shifted window's first RTG, normalised (default: the release's for D4RL data, else the data's own)
+    rtg_range: Annotated[tuple[float, float] | None, BY_DATA] = None
+    # ours: Eq. 5 pushes the actions at most this multiple of imitation's pull (default: 0, no limit; own data: 0.3)
     max_push: Float = None
-    """ours: the alignment loss pushes the actions at most this multiple of what imitation pulls; 0: no limit
-    (default: 0 with Table D.8; own data: 0.3)"""
+    # ours: std of the noise on the actions that Eq. 5 compares, in the policy's RMS errors (default: 0; own data: 0.3)
     action_noise: Float = None
-    """ours: std of the noise on the actions at which Eq. 5 compares Q, in units of the policy's RMS error
-    (default: 0 with Table D.8; own data: 0.3)"""
-    dropout: Float = None
-    """dropout rate of the policy in training (default: 0.1 with Table D.8; own data: 0)"""
+    dropout: Float = None  # dropout rate of the policy in training (default: 0.1; own data: 0)
+    # ours: rate of the weights' moving average, the result; actor_lr stays constant (default: 0, none; own data: 0.002)
     average: Float = None
-    """ours: rate of the moving average of the policy's weights that is evaluated and saved; 0: the last weights
-    (default: 0 with Table D.8; own data: 0.002)"""
-    eval_context_len: Int = None
-    """ours: a rollout's policy acts on this many last steps of its window; 0: on all K
-    (default: 0 with Table D.8; own data: 5)"""
-    alignment: Literal["one-sided", "symmetric", "squared"] = "one-sided"
-    """form of the penalty: Eq. 5, or one of the two variants of Table E.11"""
-    conv: bool = True
-    """causal convolution after W_q, W_k, W_v (App. D.1)"""
-    state_loss: bool = True
-    """reconstruct states too; a Decision Transformer is --lambda-e 0 --no-conv --no-state-loss"""
-    update_q: bool = True
-    """co-train the critic; --no-update-q keeps stage 1's (Table E.10)"""
-    q_noise: float = 0.0
-    """std sigma_n, in raw Q units, of the noise added to the target critic (Table E.13)"""
+    eval_context_len: Int = None  # ours: rollouts act on so many last steps; 0: all K (default: 0; own data: 5)
+    alignment: Literal["one-sided", "symmetric", "squared"] = "one-sided"  # penalty: Eq. 5, or a variant of Table E.11
+    conv: bool = True  # causal convolution after W_q, W_k, W_v (App. D.1)
+    state_loss: bool = True  # reconstruct states too; a Decision Transformer: --lambda-e 0 --no-conv --no-state-loss
+    update_q: bool = True  # co-train the critic; --no-update-q keeps stage 1's (Table E.10)
+    q_noise: float = 0.0  # std sigma_n, in raw Q units, of the noise added to the target critic (Table E.13)
 
+    # gradient steps between evaluations at high targets, from before the first; 0: never (default: a tenth of the run)
     eval_every: Int = None
-    """gradient steps between evaluations at high target returns, the first before training; 0: never
-    (default: a tenth of the run)"""
-    eval_rollouts: int = 5
-    """episodes per target return in those evaluations"""
+    eval_rollouts: int = 5  # episodes per target return in those evaluations
 
     def __post_init__(self):
-        at_least_1 = dict.fromkeys(("embed_dim", "n_layer", "n_head", "context_len", "batch_size"), 1)
-        check_args(self, at_least_1 | {"critic_width": 1, "eval_rollouts": 1, "rtg_range": -1e6, "delta_rtg": -1e6})
+        sizes = ("embed_dim", "n_layer", "n_head", "context_len", "batch_size", "critic_width", "eval_rollouts")
+        check_args(self, dict.fromkeys(sizes, 1) | {"rtg_range": -1e6, "delta_rtg": -1e6})
         if self.lambda_e != 0 and not self.state_loss:
             raise ValueError("--no-state-loss is for a Decision Transformer: add --lambda-e 0")
         if self.embed_dim and self.n_head and self.embed_dim % self.n_head:
@@ -203,8 +168,6 @@ def resolve(args: Args, data: "Dataset", device: torch.device) -> Config:
 
 
 # ======== shared: data ========
-
-
 @dataclass(frozen=True)
 class Task:
     """What dataset.pt, and with it every policy.pt, says of the environment. Returns are raw unless noted."""
@@ -231,19 +194,16 @@ class Task:
     sources: list  # the files: name, size, time, sha256
 
     def __post_init__(self):
-        numbers = (self.ref_min, self.ref_max, self.rtg_scale, self.reward_shift, *self.rtg_range, *self.targets)
         sizes, texts = (self.obs_dim, self.act_dim, self.horizon), (self.name, self.env_id, self.label, self.digest)
-        if not all(map(math.isfinite, (*numbers, *self.sweep))) or not all(0 < n <= 10**6 for n in sizes):
-            raise ValueError("a number of the task is out of bounds")
-        if self.ref_min >= self.ref_max or self.rtg_scale <= 0 or not self.targets:
-            raise ValueError("the task's reference returns, scale or targets are impossible")
+        possible = self.ref_min < self.ref_max and self.rtg_scale > 0 and len(self.targets) > 0
+        if not possible or not all(0 < n <= 10**6 for n in sizes):
+            raise ValueError("a number of the task is impossible")
         if not all(text.isprintable() and len(text) <= 400 for text in texts):
             raise ValueError("a text of the task cannot be printed")
 
     @property
     def folder(self) -> str:
-        """What run folders start with."""
-        return self.name.replace("/", "--")
+        return self.name.replace("/", "--")  # what run folders start with
 
     def score(self, returns):
         """D4RL score: 0 for a random policy's return, 100 for an expert's."""
@@ -259,31 +219,28 @@ class Task:
 
 # ======== end of shared: data ========
 
+
 # ======== shared: dataset ========
-
-
 class Dataset:
     """The content of dataset.pt: whole episodes one after the other, N transitions in E episodes."""
 
     def __init__(self, content: dict):
         self.task = task = build(Task, content["task"])
         N, E = len(content["rewards"]), len(content["ends"])
-        shapes = {
-            "observations": (torch.float32, (N, task.obs_dim)),  # raw
-            "actions": (torch.float32, (N, task.act_dim)),  # in [-1, 1]
-            "rewards": (torch.float32, (N,)),  # raw
-            "terminals": (torch.bool, (N,)),  # the MDP ended; the other episodes end by timeout
-            "ends": (torch.int64, (E,)),  # exclusive
-            "obs_mean": (torch.float32, (task.obs_dim,)),
-            "obs_std": (torch.float32, (task.obs_dim,)),
-        }
-        for name, (dtype, shape) in shapes.items():
-            x = content[name]
-            if x.dtype != dtype or x.shape != shape or not x.isfinite().all():
-                raise ValueError(f"{name} is not a finite array {shape}")
-        self.obs_mean, self.obs_std = content["obs_mean"], content["obs_std"]
+        with torch.device("meta"):  # shapes and types without content
+            expected = dict(
+                observations=torch.empty(N, task.obs_dim),  # raw
+                actions=torch.empty(N, task.act_dim),  # in [-1, 1]
+                rewards=torch.empty(N),  # raw
+                terminals=torch.empty(N, dtype=torch.bool),  # the MDP ended; the other episodes end by timeout
+                ends=torch.empty(E, dtype=torch.int64),  # exclusive
+                obs_mean=torch.empty(task.obs_dim),
+                obs_std=torch.empty(task.obs_dim),
+            )
+        check_same({name: content[name] for name in expected}, expected, "dataset.pt")
         arrays = (content[name].numpy() for name in ("observations", "actions", "rewards", "terminals", "ends"))
         self.observations, self.actions, self.rewards, self.terminals, self.ends = arrays
+        self.obs_mean, self.obs_std = content["obs_mean"], content["obs_std"]
         self.starts = np.concatenate([[0], self.ends[:-1]])
         self.lengths = self.ends - self.starts
         if not E or self.ends[-1] != N or self.lengths.min() < 1 or self.obs_std.min() <= 0:
@@ -306,7 +263,7 @@ def load_data(args) -> Dataset:
         content = load_checkpoint(path, "prepare")
     try:
         return Dataset(content)
-    except (ArithmeticError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # an edited file can break in any way
         fail(f"{path}: not a whole dataset ({one_line(error)}); remove it, and it is made again")
 
 
@@ -314,8 +271,6 @@ def load_data(args) -> Dataset:
 
 
 # ======== shared: policy ========
-
-
 class Block(nn.Module):
     """Pre-LN transformer block: causal attention, then a GELU MLP of four times the width."""
 
@@ -326,15 +281,12 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         # groups=3: q, k and v each have a dense convolution of their own, over 6 tokens
         self.conv = nn.Conv2d(3 * width, 3 * width, (1, 6), groups=3) if conv else None
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
-        )
+        hidden = nn.Linear(width, 4 * width)
+        self.mlp = nn.Sequential(hidden, nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout))
 
     def causal_conv(self, qkv):  # (B, T, 3 D) -> (B, T, 3 D)
-        """App. D.1: every q, k and v token becomes a mixture of itself and its five predecessors.
-
-        (In two dimensions and padded first, the tensor is channels-last in memory: the fastest layout.)
-        """
+        """App. D.1: every q, k and v token becomes a mixture of itself and its five predecessors."""
+        # in two dimensions and padded first, the tensor is channels-last in memory: the fastest layout
         return self.conv(F.pad(qkv, (0, 0, 5, 0)).transpose(1, 2).unsqueeze(2)).squeeze(2).transpose(1, 2)
 
     def attend(self, x, keep, bias):  # (B, T, D), (B, T, 1), (B, 1, T, T) -> (B, T, D)
@@ -413,19 +365,17 @@ def make_policy(task: Task, config: dict, bf16: bool) -> Policy:
 
 def use_bf16(precision: str, device: torch.device) -> bool:
     """Whether the blocks run in bfloat16; `auto`: where the hardware multiplies it, as CUDA, AMX and AVX-512 can."""
-    if precision == "auto" and device.type == "cuda":
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if precision == "auto":
-        cpu = torch.cpu.get_capabilities()
-        return cpu.get("amx_bf16", False) or cpu.get("avx512_bf16", False)
-    return precision == "bf16"
+    return any(torch.cpu.get_capabilities().get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
 # ======== end of shared: policy ========
 
+
 # ======== shared: critic ========
-
-
 class Ensemble(nn.Module):
     """n independent networks, computed side by side: three hidden layers (App. D.1), Mish (release), linear output.
 
@@ -887,7 +837,6 @@ def cuda_graph(learner: CoTraining):
 
 
 # ======== shared: setup ========
-
 FORMAT = 6  # of the checkpoint files
 
 
@@ -969,34 +918,31 @@ def load_checkpoint(path: Path, *stages: str) -> dict:
 def load_module(script: Path):
     """One of our own files, as a module."""
     if script.stem not in sys.modules:
-        spec = importlib.util.spec_from_file_location(script.stem, script)
-        sys.modules[script.stem] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[script.stem]
+        sys.path.insert(0, str(script.parent))
+    return importlib.import_module(script.stem)
 
 
 # ======== end of shared: setup ========
 
+
 # ======== shared: checks ========
-
-
 def fits(x, hint) -> bool:
     """Whether a value read from a file has a type of plain data: float takes int; NaN and infinity are no numbers."""
     kind, args = typing.get_origin(hint), typing.get_args(hint)
-    if kind is Literal:
-        return any(type(x) is type(arg) and x == arg for arg in args)
-    if kind in (typing.Union, types.UnionType):
+    if isinstance(hint, types.UnionType):
         return any(fits(x, arg) for arg in args)
-    if kind is tuple:
-        every = args[:1] * len(x) if isinstance(x, tuple) and args[-1] is ... else args
-        return isinstance(x, tuple) and len(x) == len(every) and all(map(fits, x, every))
-    if kind is list:
-        return isinstance(x, list) and all(fits(y, args[0]) for y in x)
     if kind is dict:
         return isinstance(x, dict) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in x.items())
+    if kind in (tuple, list):  # of one type; tuple[float, float] also says how many
+        any_length = kind is list or args[-1] is ...
+        return isinstance(x, kind) and (any_length or len(x) == len(args)) and all(fits(y, args[0]) for y in x)
     if hint is float:
         return type(x) in (int, float) and math.isfinite(x)
     return type(x) is hint
+
+
+PLAIN = str | int | float | bool | None
+CONFIG = dict[str, PLAIN | tuple[PLAIN, ...]]  # a checkpoint's configuration
 
 
 def build(cls, values: dict):
@@ -1004,8 +950,9 @@ def build(cls, values: dict):
     hints = typing.get_type_hints(cls)
     if not isinstance(values, dict) or set(values) != set(hints):
         raise ValueError(f"{cls.__name__} needs {', '.join(hints)}")
-    if wrong := [name for name, hint in hints.items() if not fits(values[name], hint)]:
-        raise ValueError(f"{wrong[0]} is not of type {hints[wrong[0]]}")
+    for name, hint in hints.items():
+        if not fits(values[name], hint):
+            raise ValueError(f"{name} is not of type {hint}")
     return cls(**values)
 
 
@@ -1017,10 +964,9 @@ def check_same(found, expected, name: str) -> None:
         for key in expected:
             check_same(found[key], expected[key], f"{name}.{key}")
     elif torch.is_tensor(expected):
-        if not torch.is_tensor(found) or (found.shape, found.dtype) != (expected.shape, expected.dtype):
-            raise ValueError(f"{name} has another shape or type")
-        if not found.isfinite().all():
-            raise ValueError(f"{name} is not finite")
+        same = torch.is_tensor(found) and (found.shape, found.dtype) == (expected.shape, expected.dtype)
+        if not same or not found.isfinite().all():
+            raise ValueError(f"{name} has another shape or type, or is not finite")
     elif type(found) is not type(expected) or found != expected:
         raise ValueError(f"{name} is another")
 
@@ -1046,32 +992,31 @@ def pick_device(name: str) -> torch.device:
 
 # ======== end of shared: checks ========
 
+
 # ======== shared: run ========
-
-
 @contextlib.contextmanager
 def claim(folder: Path, wait: bool = False):
     """Make the run folder and hold its lock; if another process does, exit 2 or wait. Removes our leftover files."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except filelock.Timeout:
         if not wait:
             fail(f"{folder}: another process is writing this run; wait, or choose another --exp-name or --seed")
         print(f"{folder}: waiting for another process that writes it (Ctrl-C ends this one)", flush=True)
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         for left in folder.iterdir():
             if re.fullmatch(r"\w+\.(pt|csv|json)\.\d+\.tmp", left.name):
                 left.unlink()
-        yield
-    except BaseException as error:
-        saved = f"{folder}/resume.pt is the last good state" if (folder / "resume.pt").exists() else "nothing was saved"
-        error.add_note(f"{saved}; the same command continues")
-        raise
-    finally:
-        lock.release()
+        try:
+            yield
+        except BaseException as error:
+            path = folder / "resume.pt"
+            saved = f"{path} is the last good state" if path.exists() else "nothing was saved"
+            error.add_note(f"{saved}; the same command continues")
+            raise
 
 
 def load_own(path: Path, stage: str, identity: dict) -> dict | None:
@@ -1079,8 +1024,7 @@ def load_own(path: Path, stage: str, identity: dict) -> dict | None:
     if not os.path.lexists(path):
         return None
     content = load_checkpoint(path, stage)
-    theirs, plain = content.get("config"), str | int | float | bool | None
-    theirs = theirs if fits(theirs, dict[str, plain | tuple[plain, ...]]) else {}
+    theirs = content["config"] if fits(content.get("config"), CONFIG) else {}
     differs = [f"{k} {theirs.get(k)} there, {ours} here" for k, ours in identity.items() if theirs.get(k) != ours]
     if differs:
         fail(f"{path} is of another run ({'; '.join(differs[:3])}); choose another --exp-name, or remove {path.parent}")
@@ -1115,20 +1059,16 @@ def restore(content: dict, path: Path, learner, sums: torch.Tensor, total_steps:
         for name, part in learner.saved_state.items():
             found, expected = content[name], part.state_dict()
             if isinstance(part, torch.optim.Optimizer):
-                params, group = part.param_groups[0]["params"], expected["param_groups"][0]
-                per_weight = {i: dict(step=torch.zeros(()), exp_avg=p, exp_avg_sq=p) for i, p in enumerate(params)}
-                expected["state"] = {i: per_weight[i] for i in found["state"]}  # none for weights without a gradient
-                check_same(found["param_groups"][0] | {"lr": 0}, group | {"lr": 0}, f"{name}.param_groups")
-                lr = found["param_groups"][0]["lr"]  # a tensor in stage 2, a number elsewhere
-                if type(lr) is not type(group["lr"]) or not 0 <= float(lr) <= 1e9:
-                    raise ValueError(f"{name}'s learning rate is impossible")
-                check_same(found["state"], expected["state"], name)
+                (group,), (ours,) = found["param_groups"], expected["param_groups"]
+                group["lr"] = ours["lr"]  # it follows from the flags and the step
+                check_same(group, ours, f"{name}.param_groups")
+                weights = enumerate(part.param_groups[0]["params"])
+                moments = {i: dict(step=torch.zeros(()), exp_avg=p, exp_avg_sq=p) for i, p in weights}
+                expected = {i: moments[i] for i in found["state"]}  # none for weights without a gradient
+                check_same(found["state"], expected, f"{name}.state")
             else:
                 check_same(found, expected, name)
             part.load_state_dict(found)
-            for group in getattr(part, "param_groups", ()):
-                if torch.is_tensor(group["lr"]):  # loaded onto the CPU
-                    group["lr"] = group["lr"].to(sums.device)
         check_same(content["sums"], sums, "sums")
         sums.copy_(content["sums"])
         generator, cpu, cuda = content["random"]
@@ -1141,7 +1081,7 @@ def restore(content: dict, path: Path, learner, sums: torch.Tensor, total_steps:
         if not all(fits(step, int) and 0 <= step <= total_steps for step in steps):
             raise ValueError("a step is outside of the run")
         return done
-    except (ArithmeticError, KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+    except Exception as error:  # an edited file can break in any way
         fail(f"{path}: not a state of this run ({one_line(error)}); remove it to start anew")
 
 
@@ -1208,12 +1148,10 @@ def saved_bf16(folder: Path, stage: str, precision: str, ours: bool) -> bool:
 
 
 # ======== shared: environment ========
-
-
 def make_env(env_id: str, kwargs: dict | None = None):
     """Gymnasium's environment without its time limit; observations a vector, actions in [-1, 1]. Exits 2 on any other.
 
-    env_id may come from a file, so it chooses among Gymnasium's own environments, gymnasium_robotics' and the mazes in
+    env_id may come from a file: it chooses among Gymnasium's own environments, gymnasium_robotics' and the mazes in
     data/qalign_mazes.py, and no other code.
     """
     if "mujoco" not in sys.modules:  # make_renderer imports it first: nothing will be rendered, so look for no OpenGL
@@ -1246,9 +1184,7 @@ def make_env(env_id: str, kwargs: dict | None = None):
         if (low != -1).any() or (high != 1).any():
             env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
         return env
-    except (ImportError, FileNotFoundError) as error:
-        fail(f"environment {env_id} needs {getattr(error, 'name', None) or error.filename}, which is missing here")
-    except Exception as error:  # an unknown name, other spaces, arguments that the environment does not take
+    except Exception as error:  # an unknown name, other spaces or arguments, a package that is missing
         fail(f"environment {env_id}: {one_line(error)}")
 
 

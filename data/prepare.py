@@ -18,7 +18,7 @@ import difflib
 import glob
 import hashlib
 import http.client
-import importlib.util
+import importlib
 import json
 import math
 import os
@@ -626,8 +626,6 @@ def main() -> None:
 
 
 # ======== shared: data ========
-
-
 @dataclass(frozen=True)
 class Task:
     """What dataset.pt, and with it every policy.pt, says of the environment. Returns are raw unless noted."""
@@ -654,19 +652,16 @@ class Task:
     sources: list  # the files: name, size, time, sha256
 
     def __post_init__(self):
-        numbers = (self.ref_min, self.ref_max, self.rtg_scale, self.reward_shift, *self.rtg_range, *self.targets)
         sizes, texts = (self.obs_dim, self.act_dim, self.horizon), (self.name, self.env_id, self.label, self.digest)
-        if not all(map(math.isfinite, (*numbers, *self.sweep))) or not all(0 < n <= 10**6 for n in sizes):
-            raise ValueError("a number of the task is out of bounds")
-        if self.ref_min >= self.ref_max or self.rtg_scale <= 0 or not self.targets:
-            raise ValueError("the task's reference returns, scale or targets are impossible")
+        possible = self.ref_min < self.ref_max and self.rtg_scale > 0 and len(self.targets) > 0
+        if not possible or not all(0 < n <= 10**6 for n in sizes):
+            raise ValueError("a number of the task is impossible")
         if not all(text.isprintable() and len(text) <= 400 for text in texts):
             raise ValueError("a text of the task cannot be printed")
 
     @property
     def folder(self) -> str:
-        """What run folders start with."""
-        return self.name.replace("/", "--")
+        return self.name.replace("/", "--")  # what run folders start with
 
     def score(self, returns):
         """D4RL score: 0 for a random policy's return, 100 for an expert's."""
@@ -683,7 +678,6 @@ class Task:
 # ======== end of shared: data ========
 
 # ======== shared: setup ========
-
 FORMAT = 6  # of the checkpoint files
 
 
@@ -765,21 +759,18 @@ def load_checkpoint(path: Path, *stages: str) -> dict:
 def load_module(script: Path):
     """One of our own files, as a module."""
     if script.stem not in sys.modules:
-        spec = importlib.util.spec_from_file_location(script.stem, script)
-        sys.modules[script.stem] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[script.stem]
+        sys.path.insert(0, str(script.parent))
+    return importlib.import_module(script.stem)
 
 
 # ======== end of shared: setup ========
 
+
 # ======== shared: environment ========
-
-
 def make_env(env_id: str, kwargs: dict | None = None):
     """Gymnasium's environment without its time limit; observations a vector, actions in [-1, 1]. Exits 2 on any other.
 
-    env_id may come from a file, so it chooses among Gymnasium's own environments, gymnasium_robotics' and the mazes in
+    env_id may come from a file: it chooses among Gymnasium's own environments, gymnasium_robotics' and the mazes in
     data/qalign_mazes.py, and no other code.
     """
     if "mujoco" not in sys.modules:  # make_renderer imports it first: nothing will be rendered, so look for no OpenGL
@@ -812,9 +803,7 @@ def make_env(env_id: str, kwargs: dict | None = None):
         if (low != -1).any() or (high != 1).any():
             env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
         return env
-    except (ImportError, FileNotFoundError) as error:
-        fail(f"environment {env_id} needs {getattr(error, 'name', None) or error.filename}, which is missing here")
-    except Exception as error:  # an unknown name, other spaces, arguments that the environment does not take
+    except Exception as error:  # an unknown name, other spaces or arguments, a package that is missing
         fail(f"environment {env_id}: {one_line(error)}")
 
 
