@@ -326,11 +326,10 @@ def rollout(trained, targets, seeds, horizon: int, what: str, reward_function=No
         rtg[rows, now] = torch.as_tensor(rtg_now, dtype=torch.float32, device=device)
         times = timestep[window].expand(len(alive), K)
         context = (rtg[rows, window], obs[rows, window], act[rows, window], times.clamp(0, last_time), times >= 0)
-        action = policy.act(*context)
-        act[rows, now] = action
+        act[rows, now] = action = policy.act(*context)
         action = action.cpu().numpy().astype(np.float64)
         observation, reward, ended, velocity = simulator.step(alive, action)
-        if reward_function is not None:
+        if reward_function:
             reward = reward_function(velocity, action)
         returns[alive] += reward
         lengths[alive] += 1
@@ -584,7 +583,7 @@ def main() -> None:
     high_only = args.high_targets or task.body == "antmaze"
     if high_only and (args.trajectories or args.percentiles):
         fail("--trajectories, --percentiles: an AntMaze has no RTG sweep")
-    if (args.video or args.trajectories) and not has_model(task):
+    if (args.video or args.trajectories) and not hasattr(make_env(task.env_id, task.env_kwargs).unwrapped, "model"):
         fail(f"--video, --trajectories: {task.env_id} has no MuJoCo model")
     renderer = make_renderer(task) if args.video else None
 
@@ -685,9 +684,8 @@ class Trained(NamedTuple):
 
     def identity(self) -> dict:
         """What result files say of a checkpoint."""
-        config, names = self.content["config"], ("seed", "total_steps")
-        if "method" not in config:
-            names += OURS
+        config = self.content["config"]
+        names = ("seed", "total_steps", *(() if "method" in config else OURS))
         method = config.get("method") or method_of(config["lambda_e"], config["conv"], config["state_loss"])
         about = {"checkpoint": str(self.path), "method": method, "step": self.content["step"], "env": self.task.name}
         return about | {"trained_on": self.task.summary()} | {name: config[name] for name in names}
@@ -725,26 +723,20 @@ def load_policy(path: Path, precision: str, device: torch.device) -> Trained:
     make = make_policy if content["stage"] == "train_qalign_dt" else baseline(content["stage"]).make_policy
     try:
         task, config, returns = build(Task, content["task"]), content["config"], content["episode_returns"]
-        numbers = [x for x in config.values() if isinstance(x, int | float)]
-        if not all(math.isfinite(x) and abs(x) <= 1e9 for x in numbers) or not 0 < config["context_len"] <= 10_000:
-            raise ValueError("a number of its configuration is out of bounds")
+        steps, K = [content["step"], config["total_steps"]], config["context_len"]
+        if not fits(config, CONFIG) or not fits(steps, list[int]) or not 0 < K <= 10_000:
+            raise ValueError("a number of its configuration is impossible")
         policy = make(task, config, use_bf16(precision, device))
-        check_same(content["policy"], policy.state_dict(), "policy")
+        expected = dict(policy=policy.state_dict(), episode_returns=torch.zeros(len(returns), dtype=torch.float64))
+        expected |= dict.fromkeys(("obs_mean", "obs_std"), torch.zeros(task.obs_dim))
+        check_same({name: content[name] for name in expected}, expected, "policy.pt")
         policy.load_state_dict(content["policy"])
-        like = torch.zeros(task.obs_dim)
-        check_same([content["obs_mean"], content["obs_std"]][0], like, "obs_mean")
-        check_same(content["obs_std"], like, "obs_std")
-        check_same(returns, torch.zeros(len(returns), dtype=torch.float64), "episode_returns")
         if content["obs_std"].min() <= 0 or not len(returns):
             raise ValueError("its standardisation or returns are impossible")
-        if not fits([content["step"], config["total_steps"]], list[int]):
-            raise ValueError("its steps are no numbers")
-        found = Trained(path, task, policy.to(device).eval(), content, config["context_len"])
-        if not all(fits(x, str | int | float | bool) for k, x in found.identity().items() if k != "trained_on"):
-            raise ValueError("its configuration is not of plain values")
-        label_of(found.identity())
-        sizes = ((), (task.obs_dim,), (task.act_dim,))  # and it acts on a window
-        window = [torch.zeros(1, found.context, *size, device=device) for size in sizes]
+        found = Trained(path, task, policy.to(device).eval(), content, K)
+        label_of(found.identity())  # it has a name, and acts on a window
+        sizes = ((), (task.obs_dim,), (task.act_dim,))
+        window = [torch.zeros(1, K, *size, device=device) for size in sizes]
         policy.act(*window, window[0].long(), window[0] == 0)
     except Exception as error:  # an edited file can break in any way
         reason = f"no {error}" if isinstance(error, KeyError) else one_line(error)
@@ -787,11 +779,6 @@ def write_results(stem: Path, result: dict, rows: list[dict], figure=None) -> No
     if figure:
         figure().savefig(picture := io.BytesIO(), format="png", dpi=120)
         write_file(stem.with_suffix(".png"), picture.getvalue())
-
-
-def has_model(task: Task) -> bool:
-    """Whether the environment is one of MuJoCo's."""
-    return hasattr(make_env(task.env_id, task.env_kwargs).unwrapped, "model")
 
 
 def make_renderer(task: Task):
@@ -1101,11 +1088,7 @@ def pick_device(name: str) -> torch.device:
 
 # ======== shared: environment ========
 def make_env(env_id: str, kwargs: dict | None = None):
-    """Gymnasium's environment without its time limit; observations a vector, actions in [-1, 1]. Exits 2 on any other.
-
-    env_id may come from a file: it chooses among Gymnasium's own environments, gymnasium_robotics' and the mazes in
-    data/qalign_mazes.py, and no other code.
-    """
+    """Gymnasium's environment without its time limit; observations a vector, actions in [-1, 1]. Exits 2 on others."""
     if "mujoco" not in sys.modules:  # make_renderer imports it first: nothing will be rendered, so look for no OpenGL
         os.environ["MUJOCO_GL"] = "disable"
     import mujoco
@@ -1123,6 +1106,7 @@ def make_env(env_id: str, kwargs: dict | None = None):
 
             gymnasium.register_envs(gymnasium_robotics)
         entry = gymnasium.spec(env_id.removeprefix("qalign_mazes:")).entry_point
+        # env_id may come from a file, which must not choose other code
         if not f"{entry}".startswith(("gymnasium.envs.", "gymnasium_robotics.", "qalign_mazes:")):
             raise ValueError("not one of Gymnasium's, gymnasium_robotics' or this project's")
         with warnings.catch_warnings():

@@ -58,7 +58,8 @@ class Args:
     track: bool = False  # log to Weights & Biases, too: pip install wandb
     checkpoint_minutes: float = 2.0  # wall-clock time between resume.pt files; no result on a CPU depends on it
 
-    method: Annotated[Literal["sarsa", "iql"] | None, BY_DATA] = None  # (default: iql for AntMaze, else sarsa)
+    # how the critic is trained (default: iql for AntMaze, sarsa for everything else)
+    method: Annotated[Literal["sarsa", "iql"] | None, BY_DATA] = None
     total_steps: Int = None  # gradient steps (default: 2,000,000; mini: 10,000)
     # steps that first regress on discounted returns (default: 0; 9/10 of a SARSA run too short for Q to converge)
     warm_start_steps: Int = None
@@ -86,8 +87,8 @@ def resolve(args: Args, task: "Task", device: torch.device) -> Args:
     args = replace(args, device=device.type, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
     if args.warm_start_steps is None:
         # Q' climbs to its level with time constant 1 / (tau per step (1 - gamma)): 40,000 steps. A SARSA run shorter
-        # than three of them starts by regression and only ends with SARSA: with few steps, min_m of two critics that
-        # still disagree costs level (measured: 257 fell to 220 in 15,000 SARSA steps).
+        # than three of them begins with regression: in few steps of SARSA, min_m of two critics that still disagree
+        # costs level (measured: 257 fell to 220 in 15,000 steps).
         too_short = args.method == "sarsa" and args.total_steps < 3 * TARGET_EVERY / (TAU * (1 - args.gamma))
         args = replace(args, warm_start_steps=args.total_steps * 9 // 10 if too_short else 0)
     return args
@@ -295,7 +296,6 @@ class Pretraining:
     metrics = ("q_loss", "q_mean", "v_loss")
 
     def __init__(self, task: Task, data: Transitions, args: Args):
-        """args as resolve() makes them. Sets torch's global seed."""
         self.data, self.args, device = data, args, data.obs.device
         torch.manual_seed(args.seed)
         self.generator = torch.Generator(device).manual_seed(args.seed)
@@ -399,22 +399,21 @@ def main() -> None:
                 if done.step % LOG_EVERY == 0 or done.step == args.total_steps:
                     check_finite(learner, sums, done.step)
                     means = (sums / ((done.step - 1) % LOG_EVERY + 1)).tolist()  # over the steps since the last row
-                    metrics.write({"step": done.step, **dict(zip(learner.metrics, means))})
-                    shown = (f"{name} {done.rows[-1][name]:.3g}" for name in learner.metrics)
-                    bar.set_postfix_str(" ".join(shown))
+                    row = dict(zip(learner.metrics, means))
+                    metrics.write({"step": done.step} | row)
+                    bar.set_postfix_str(" ".join(f"{name} {x:.3g}" for name, x in row.items()))
                     sums.zero_()
                 if time.monotonic() - saved > args.checkpoint_minutes * 60:
                     save_resume(folder, dict(stage=STAGE, config=identity), learner, sums, done)
                     saved = time.monotonic()
         save_resume(folder, dict(stage=STAGE, config=identity), learner, sums, done)
-        result = report(learner)
-        named = {"env": args.env, "data": task.summary(), "config": identity}
-        write_file(folder / "report.json", (json.dumps(named | result, indent=2) + "\n").encode())
-        content = dict(stage=STAGE, config=identity, data=task.summary(), report=result)
-        save_checkpoint(folder / "critic.pt", content | {"critic": learner.critic.state_dict()})
+        about, result = dict(data=task.summary(), config=identity), report(learner)
+        write_file(folder / "report.json", (json.dumps({"env": args.env} | about | result, indent=2) + "\n").encode())
+        critic = learner.critic.state_dict()
+        save_checkpoint(folder / "critic.pt", about | dict(stage=STAGE, report=result, critic=critic))
     if result["q_mean"] is not None:
-        returns = f"mean discounted return of the same transitions {result['return_mean']:.2f}"
-        print(f"mean Q {result['q_mean']:.2f}, {returns}")
+        mean_q, mean_return = result["q_mean"], result["return_mean"]
+        print(f"mean Q {mean_q:.2f}, mean discounted return of the same transitions {mean_return:.2f}")
     print(f"{folder}/critic.pt; rank correlations in {folder}/report.json")
 
 
@@ -686,10 +685,7 @@ def progress_bar(total: int, done: int, what: str) -> tqdm:
 
 
 class Log:
-    """Rows that resume.pt keeps, written to <name>.csv and as TensorBoard scalars.
-
-    The CSV is written whole each time: a resumed run drops the rows after its checkpoint; a kill leaves no half row.
-    """
+    """Rows that resume.pt keeps, written to <name>.csv and as TensorBoard scalars."""
 
     def __init__(self, folder: Path, name: str, rows: list[dict]):
         from torch.utils.tensorboard import SummaryWriter  # imported here: it takes a second
@@ -702,6 +698,7 @@ class Log:
 
     def write(self, row: dict) -> None:
         self.rows.append(row)
+        # written whole each time: a resumed run drops the rows after its checkpoint, and a kill leaves no half row
         lines = [",".join(f"{x:.6g}" if isinstance(x, float) else str(x) for x in row.values()) for row in self.rows]
         write_file(self.file, "\n".join([",".join(row), *lines, ""]).encode())
         for name, value in row.items():

@@ -415,8 +415,7 @@ class Batch(NamedTuple):
 
     @property
     def inputs(self) -> tuple:
-        """What the policy takes."""
-        return self[:5]
+        return self[:5]  # what the policy takes
 
 
 class Windows:
@@ -458,8 +457,8 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def shift_rtg(batch: Batch, shift, rtg_range):
     """Eq. 2: move all RTG tokens of a window by one scalar, such that its first valid RTG stays in rtg_range (release).
 
-    shift (B, 1) or a number -> the shifted windows' inputs to the policy, and the shift really applied (B, 1). (Bounds
-    that exclude the window's own RTG can reverse the shift; Eq. 5 goes by the applied one.)
+    shift (B, 1) or a number -> the shifted windows' inputs to the policy, and the shift really applied (B, 1): bounds
+    that exclude the window's own RTG can reverse it, and Eq. 5 goes by its sign.
     """
     first = batch.rtg.gather(1, batch.valid.int().argmax(dim=1, keepdim=True))
     applied = (first + shift).clamp(*rtg_range) - first
@@ -493,10 +492,7 @@ def critic_loss(critic, target_critic, target_policy, batch: Batch, gamma: float
 
 
 def supervised_loss(a_hat, s_hat, batch: Batch):
-    """The two halves of L_SL, Eq. 6, as means over valid steps and dimensions.
-
-    (The paper writes sums; its lambda_e belongs to the means that the release takes.)
-    """
+    """The two halves of L_SL, Eq. 6, as means (release; the paper writes sums) over valid steps and dimensions."""
     action_loss = masked_mean(((a_hat - batch.act) ** 2).mean(dim=-1), batch.valid)
     state_loss = masked_mean(((s_hat - batch.obs) ** 2).mean(dim=-1), batch.valid)
     return action_loss, state_loss
@@ -505,8 +501,8 @@ def supervised_loss(a_hat, s_hat, batch: Batch):
 def alignment_loss(q_shifted, q, sign, valid, kind: str):
     """L_align, Eq. 5: a penalty where Q moved against the shift of the RTG. Also returns the share of such steps.
 
-    q_shifted, q (2, B, K): Q_m at the answers to the shifted and to the clean windows; sign (B, 1): of the shift really
-    applied. Eq. 5 sums over the steps for one Q; the mean, and how two critics are combined, are the release's.
+    q_shifted, q (2, B, K): Q_m at the answers to the shifted and to the clean windows; sign (B, 1): of the shift.
+    Eq. 5 sums over the steps for one Q; the mean, and how two critics are combined, are the release's.
     """
     violation = -sign * (q_shifted - q.detach())  # (2, B, K)
     if kind == "one-sided":
@@ -519,10 +515,10 @@ def alignment_loss(q_shifted, q, sign, valid, kind: str):
 
 
 def limit_push(a_shifted, a_hat, batch: Batch, ratio: float) -> None:
-    """Not the paper's: scale down the gradient that reaches a_shifted, Eq. 5's, where it is too large for imitation.
+    """Not the paper's: limit the norm of the gradient that reaches a_shifted (B, K, act_dim), which is Eq. 5's.
 
-    Its norm over the batch (B, K, act_dim) is limited to ratio times that of the action loss's gradient by a_hat: Q's
-    slope, lambda_e and the share of violated steps no longer decide whether the policy still imitates.
+    It is at most ratio times that of the action loss's gradient by a_hat: Q's slope, lambda_e and the share of violated
+    steps no longer decide whether the policy still imitates.
     """
     with torch.no_grad():
         pull = 2 * (a_hat - batch.act) * batch.valid[..., None] / (batch.valid.sum() * a_hat.shape[-1])  # d action_loss
@@ -533,9 +529,8 @@ def limit_push(a_shifted, a_hat, batch: Batch, ratio: float) -> None:
 def add_noise(a_shifted, a_hat, batch: Batch, ratio: float, generator: torch.Generator):
     """Not the paper's: both actions (B, K, act_dim) with independent noise, its std ratio times the RMS of a_hat - a.
 
-    Eq. 5 is content with any change of Q in the right direction. Between noisy actions the change must stand out from
-    the policy's own errors: a margin in units of actions, whatever Q's scale. (In the release the two windows have
-    dropout masks of their own, which has the same effect by chance.)
+    Any change of Q in the right direction satisfies Eq. 5. Between noisy actions it must stand out from the policy's
+    own errors: a margin, whatever Q's scale. (The release's two dropout masks have the same effect by chance.)
     """
     error = masked_mean(((a_hat.detach() - batch.act) ** 2).mean(dim=-1), batch.valid).sqrt()
     noise = ratio * error * torch.randn((2, *a_hat.shape), generator=generator, device=a_hat.device)
@@ -543,16 +538,12 @@ def add_noise(a_shifted, a_hat, batch: Batch, ratio: float, generator: torch.Gen
 
 
 def actor_loss(policy, critic, batch: Batch, q_scale: float, config: Config, generator: torch.Generator):
-    """L_SL + lambda_e L_align, Eq. 6, and the values to log by their names in METRICS.
-
-    L_align's gradient reaches the policy through a_shifted only; Q's weights get none.
-    """
+    """L_SL + lambda_e L_align, Eq. 6, and the values to log by their names in METRICS."""
     # drawn for a DT as well: its windows are then those of a Q-Align DT with the same seed
     delta = config.sigma_e * torch.randn(len(batch.rtg), 1, generator=generator, device=batch.rtg.device)  # per window
-    metrics = {}
+    metrics, align = {}, 0.0
     if config.lambda_e == 0:
         a_hat, s_hat = policy(*batch.inputs)
-        align = 0.0
     else:
         perturbed, applied = shift_rtg(batch, delta.abs() if config.half_normal else delta, config.rtg_range)
         # clean and perturbed windows in one forward pass; dropout draws an independent mask for each
@@ -565,7 +556,7 @@ def actor_loss(policy, critic, batch: Batch, q_scale: float, config: Config, gen
             limit_push(a_shifted, a_hat, batch, config.max_push)
         with torch.no_grad():
             q = critic(batch.obs, a_base)
-        critic.requires_grad_(False)  # Eq. 5 differentiates Q with respect to the action, not to its own weights
+        critic.requires_grad_(False)  # Eq. 5 differentiates Q by the action a_shifted only, not by its own weights
         q_shifted = critic(batch.obs, a_plus)
         critic.requires_grad_(True)
         sign = applied.sign()
@@ -599,25 +590,23 @@ class CoTraining:
         torch.manual_seed(config.seed)  # of the weights and of dropout
         self.generator = torch.Generator(device).manual_seed(config.seed)  # of windows, deltas and noise
         self.policy = make_policy(task, vars(config), config.bf16).to(device)
-        self.critic, self.gamma, self.q_scale = Ensemble(2, task.obs_dim + task.act_dim, config.critic_width), 0.99, 1.0
+        self.critic = Ensemble(2, task.obs_dim + task.act_dim, config.critic_width).to(device)
+        self.gamma, self.q_scale = (stage_1.gamma, stage_1.q_scale) if stage_1 else (0.99, 1.0)
         if stage_1:
             self.critic.load_state_dict(stage_1.weights)
-            self.gamma, self.q_scale = stage_1.gamma, stage_1.q_scale
-        self.critic = self.critic.to(device)
         self.target_policy = copy.deepcopy(self.policy).requires_grad_(False).eval()  # no dropout in targets
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        # what is evaluated and saved
-        self.eval_policy = copy.deepcopy(self.target_policy) if config.average else self.policy
-        adam = dict(fused=True, capturable=device.type == "cuda")  # lr as a tensor, which a CUDA graph reads anew
-        lr = torch.zeros(2, device=device)
+        lr = torch.zeros(2, device=device)  # tensors, which a CUDA graph reads anew
+        adam = dict(fused=True, capturable=device.type == "cuda")
         self.actor_opt = torch.optim.Adam(self.policy.parameters(), lr[0], weight_decay=L2, **adam)
         self.critic_opt = torch.optim.Adam(self.critic.parameters(), lr[1], **adam)
         nets = dict(policy=self.policy, target_policy=self.target_policy)
         nets |= dict(critic=self.critic, target_critic=self.target_critic)
-        self.saved_state = nets | dict(actor_opt=self.actor_opt, critic_opt=self.critic_opt)  # what resume.pt holds
-        if config.average:
-            self.saved_state["average"] = self.eval_policy
         self.compiled = {k: torch.compile(net, dynamic=False) for k, net in nets.items()} if config.compile else nets
+        self.saved_state = nets | dict(actor_opt=self.actor_opt, critic_opt=self.critic_opt)  # what resume.pt holds
+        self.eval_policy = self.policy  # what is evaluated and saved
+        if config.average:
+            self.eval_policy = self.saved_state["average"] = copy.deepcopy(self.target_policy)
 
     def set_learning_rates(self, step: int) -> float:
         """Both decay to 0 along a cosine, except the actor's where its weights are averaged; returns the actor's."""
@@ -635,8 +624,7 @@ class CoTraining:
         if co_trained:  # lines 5-6
             targets = nets["target_critic"], nets["target_policy"]
             q_loss = critic_loss(nets["critic"], *targets, batch, self.gamma, config, self.generator)
-            q_norm = descend(self.critic_opt, q_loss)
-            metrics = dict(q_loss=q_loss.detach(), critic_grad_norm=q_norm)
+            metrics = dict(q_loss=q_loss.detach(), critic_grad_norm=descend(self.critic_opt, q_loss))
         loss, more = actor_loss(nets["policy"], nets["critic"], batch, self.q_scale, config, self.generator)  # 7-9
         norm = descend(self.actor_opt, loss)  # line 10
         if co_trained:  # line 11; nothing else uses the targets
@@ -663,14 +651,11 @@ def descend(opt: torch.optim.Optimizer, loss: torch.Tensor, max_norm: float = MA
 
 @torch.no_grad()
 def evaluate(policy: Policy, data: Dataset, config: Config) -> list[float]:
-    """Mean D4RL score at each high target return (Sec. 6.2), over eval_rollouts episodes, the same ones every time.
-
-    All episodes advance together, the policy sees them as one batch; after each step rtg <- rtg - r / rtg_scale.
-    """
+    """Mean D4RL score at each high target return (Sec. 6.2), over eval_rollouts episodes, the same ones every time."""
     task, training = data.task, policy.training
     policy.eval()
     n, K, device = len(task.targets) * config.eval_rollouts, config.context_len, next(policy.parameters()).device
-    envs = [make_env(task.env_id, task.env_kwargs) for _ in range(n)]
+    envs = [make_env(task.env_id, task.env_kwargs) for _ in range(n)]  # they advance together, as one batch
     first_seed = 1_000_000 + 1_000 * config.seed
     observations = [env.reset(seed=first_seed + i % config.eval_rollouts)[0] for i, env in enumerate(envs)]
     left = np.repeat(np.array(task.targets, dtype=np.float64), config.eval_rollouts)  # (n,) raw return-to-go
@@ -806,15 +791,12 @@ def pretrained(args: Args, config: Config, data: Dataset) -> Stage1:
         if not (fits(gamma, float) and 0 < gamma < 1 and fits(q_scale, float) and q_scale > 0):
             raise ValueError("its discount or its scale is impossible")
         return Stage1(content["critic"], gamma, q_scale)
-    except (ArithmeticError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # an edited file can break in any way
         fail(f"{path}: not a critic for this run ({one_line(error)}); check --critic-width, or train it again")
 
 
 def cuda_graph(learner: CoTraining):
-    """learner.step as a function that is called three times, then recorded as a CUDA graph, then replayed.
-
-    A hundred kernels then cost the CPU one launch. All state must be in tensors that `step` changes in place.
-    """
+    """learner.step, recorded as a CUDA graph after three calls: a hundred kernels then cost the CPU one launch."""
     stream, graph, calls, result = torch.cuda.Stream(), torch.cuda.CUDAGraph(), 0, None
 
     def step() -> torch.Tensor:
@@ -1096,10 +1078,7 @@ def progress_bar(total: int, done: int, what: str) -> tqdm:
 
 
 class Log:
-    """Rows that resume.pt keeps, written to <name>.csv and as TensorBoard scalars.
-
-    The CSV is written whole each time: a resumed run drops the rows after its checkpoint; a kill leaves no half row.
-    """
+    """Rows that resume.pt keeps, written to <name>.csv and as TensorBoard scalars."""
 
     def __init__(self, folder: Path, name: str, rows: list[dict]):
         from torch.utils.tensorboard import SummaryWriter  # imported here: it takes a second
@@ -1112,6 +1091,7 @@ class Log:
 
     def write(self, row: dict) -> None:
         self.rows.append(row)
+        # written whole each time: a resumed run drops the rows after its checkpoint, and a kill leaves no half row
         lines = [",".join(f"{x:.6g}" if isinstance(x, float) else str(x) for x in row.values()) for row in self.rows]
         write_file(self.file, "\n".join([",".join(row), *lines, ""]).encode())
         for name, value in row.items():
@@ -1137,23 +1117,17 @@ def track(args, folder: Path) -> None:
 def saved_bf16(folder: Path, stage: str, precision: str, ours: bool) -> bool:
     """The arithmetic that a run began with: with --precision auto it stays, on other hardware too."""
     path = folder / "resume.pt"
-    if precision != "auto" or not os.path.lexists(path):
-        return ours
-    config = load_checkpoint(path, stage).get("config")
-    theirs = config.get("bf16") if isinstance(config, dict) else ours
-    if theirs is not ours and isinstance(theirs, bool):
-        print(f"{path} began with {'bfloat16' if theirs else 'float32'} blocks, and so it continues")
-        return theirs
+    if precision == "auto" and os.path.lexists(path):
+        config = load_checkpoint(path, stage).get("config")
+        if isinstance(config, dict) and config.get("bf16") is (not ours):
+            print(f"{path} began with {'float32' if ours else 'bfloat16'} blocks, and so it continues")
+            return not ours
     return ours
 
 
 # ======== shared: environment ========
 def make_env(env_id: str, kwargs: dict | None = None):
-    """Gymnasium's environment without its time limit; observations a vector, actions in [-1, 1]. Exits 2 on any other.
-
-    env_id may come from a file: it chooses among Gymnasium's own environments, gymnasium_robotics' and the mazes in
-    data/qalign_mazes.py, and no other code.
-    """
+    """Gymnasium's environment without its time limit; observations a vector, actions in [-1, 1]. Exits 2 on others."""
     if "mujoco" not in sys.modules:  # make_renderer imports it first: nothing will be rendered, so look for no OpenGL
         os.environ["MUJOCO_GL"] = "disable"
     import mujoco
@@ -1171,6 +1145,7 @@ def make_env(env_id: str, kwargs: dict | None = None):
 
             gymnasium.register_envs(gymnasium_robotics)
         entry = gymnasium.spec(env_id.removeprefix("qalign_mazes:")).entry_point
+        # env_id may come from a file, which must not choose other code
         if not f"{entry}".startswith(("gymnasium.envs.", "gymnasium_robotics.", "qalign_mazes:")):
             raise ValueError("not one of Gymnasium's, gymnasium_robotics' or this project's")
         with warnings.catch_warnings():

@@ -768,11 +768,7 @@ def load_module(script: Path):
 
 # ======== shared: environment ========
 def make_env(env_id: str, kwargs: dict | None = None):
-    """Gymnasium's environment without its time limit; observations a vector, actions in [-1, 1]. Exits 2 on any other.
-
-    env_id may come from a file: it chooses among Gymnasium's own environments, gymnasium_robotics' and the mazes in
-    data/qalign_mazes.py, and no other code.
-    """
+    """Gymnasium's environment without its time limit; observations a vector, actions in [-1, 1]. Exits 2 on others."""
     if "mujoco" not in sys.modules:  # make_renderer imports it first: nothing will be rendered, so look for no OpenGL
         os.environ["MUJOCO_GL"] = "disable"
     import mujoco
@@ -790,6 +786,7 @@ def make_env(env_id: str, kwargs: dict | None = None):
 
             gymnasium.register_envs(gymnasium_robotics)
         entry = gymnasium.spec(env_id.removeprefix("qalign_mazes:")).entry_point
+        # env_id may come from a file, which must not choose other code
         if not f"{entry}".startswith(("gymnasium.envs.", "gymnasium_robotics.", "qalign_mazes:")):
             raise ValueError("not one of Gymnasium's, gymnasium_robotics' or this project's")
         with warnings.catch_warnings():
