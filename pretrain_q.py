@@ -23,7 +23,6 @@ import signal
 import sys
 import threading
 import time
-import types
 import typing
 import warnings
 import zipfile
@@ -123,10 +122,9 @@ class Task:
     def __post_init__(self):
         sizes, texts = (self.obs_dim, self.act_dim, self.horizon), (self.name, self.env_id, self.label, self.digest)
         possible = self.ref_min < self.ref_max and self.rtg_scale > 0 and len(self.targets) > 0
-        if not possible or not all(0 < n <= 10**6 for n in sizes):
-            raise ValueError("a number of the task is impossible")
-        if not all(text.isprintable() and len(text) <= 400 for text in texts):
-            raise ValueError("a text of the task cannot be printed")
+        readable = all(text.isprintable() and len(text) <= 400 for text in texts)
+        if not possible or not readable or not all(0 < n <= 10**6 for n in sizes):
+            raise ValueError("a number or a text of the task is impossible")
 
     @property
     def folder(self) -> str:
@@ -515,10 +513,14 @@ def load_module(script: Path):
 
 
 # ======== shared: checks ========
+PLAIN = str | int | float | bool | None
+CONFIG = dict[str, PLAIN | tuple[PLAIN, ...]]  # a checkpoint's configuration
+
+
 def fits(x, hint) -> bool:
     """Whether a value read from a file has a type of plain data: float takes int; NaN and infinity are no numbers."""
     kind, args = typing.get_origin(hint), typing.get_args(hint)
-    if isinstance(hint, types.UnionType):
+    if isinstance(hint, type(PLAIN)):
         return any(fits(x, arg) for arg in args)
     if kind is dict:
         return isinstance(x, dict) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in x.items())
@@ -528,10 +530,6 @@ def fits(x, hint) -> bool:
     if hint is float:
         return type(x) in (int, float) and math.isfinite(x)
     return type(x) is hint
-
-
-PLAIN = str | int | float | bool | None
-CONFIG = dict[str, PLAIN | tuple[PLAIN, ...]]  # a checkpoint's configuration
 
 
 def build(cls, values: dict):

@@ -30,7 +30,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 import typing
 import warnings
 import zipfile
@@ -86,12 +85,12 @@ class Args:
     rtg_range: Annotated[tuple[float, float] | None, BY_DATA] = None
     # ours: Eq. 5 pushes the actions at most this multiple of imitation's pull (default: 0, no limit; own data: 0.3)
     max_push: Float = None
-    # ours: std of the noise on the actions that Eq. 5 compares, in the policy's RMS errors (default: 0; own data: 0.3)
+    # ours: std of the noise on the actions in Eq. 5, in units of the policy's RMS error (default: 0; own data: 0.3)
     action_noise: Float = None
     dropout: Float = None  # dropout rate of the policy in training (default: 0.1; own data: 0)
-    # ours: rate of the weights' moving average, the result; actor_lr stays constant (default: 0, none; own data: 0.002)
+    # ours: rate of a moving average of the weights to keep; actor_lr stays constant (default: 0, none; own data: 0.002)
     average: Float = None
-    eval_context_len: Int = None  # ours: rollouts act on so many last steps; 0: all K (default: 0; own data: 5)
+    eval_context_len: Int = None  # ours: rollouts act on this many last steps; 0: on all K (default: 0; own data: 5)
     alignment: Literal["one-sided", "symmetric", "squared"] = "one-sided"  # penalty: Eq. 5, or a variant of Table E.11
     conv: bool = True  # causal convolution after W_q, W_k, W_v (App. D.1)
     state_loss: bool = True  # reconstruct states too; a Decision Transformer: --lambda-e 0 --no-conv --no-state-loss
@@ -196,10 +195,9 @@ class Task:
     def __post_init__(self):
         sizes, texts = (self.obs_dim, self.act_dim, self.horizon), (self.name, self.env_id, self.label, self.digest)
         possible = self.ref_min < self.ref_max and self.rtg_scale > 0 and len(self.targets) > 0
-        if not possible or not all(0 < n <= 10**6 for n in sizes):
-            raise ValueError("a number of the task is impossible")
-        if not all(text.isprintable() and len(text) <= 400 for text in texts):
-            raise ValueError("a text of the task cannot be printed")
+        readable = all(text.isprintable() and len(text) <= 400 for text in texts)
+        if not possible or not readable or not all(0 < n <= 10**6 for n in sizes):
+            raise ValueError("a number or a text of the task is impossible")
 
     @property
     def folder(self) -> str:
@@ -573,27 +571,19 @@ METRICS = ("loss", "action_loss", "state_loss", "align_loss", "violated", "q_mea
 METRICS += ("actor_grad_norm", "q_loss", "critic_grad_norm")
 
 
-class Stage1(NamedTuple):
-    """What stage 2 takes from critic.pt."""
-
-    weights: dict
-    gamma: float  # discount of Q
-    q_scale: float  # Q is divided by it in Eq. 5; 1 except for AntMaze
-
-
 class CoTraining:
     """All that Algorithm 1 updates, and one step of it, without any CPU-GPU synchronisation."""
 
-    def __init__(self, task: Task, windows: Windows, config: Config, stage_1: Stage1 | None = None):
-        """Line 1. stage_1 None: a random critic. Sets torch's global seed."""
+    def __init__(self, task: Task, windows: Windows, config: Config, stage_1: tuple | None = None):
+        """Line 1. stage_1: what pretrained() returns; None: a random critic. Sets torch's global seed."""
         self.windows, self.config, device = windows, config, windows.rtg.device
         torch.manual_seed(config.seed)  # of the weights and of dropout
         self.generator = torch.Generator(device).manual_seed(config.seed)  # of windows, deltas and noise
         self.policy = make_policy(task, vars(config), config.bf16).to(device)
         self.critic = Ensemble(2, task.obs_dim + task.act_dim, config.critic_width).to(device)
-        self.gamma, self.q_scale = (stage_1.gamma, stage_1.q_scale) if stage_1 else (0.99, 1.0)
-        if stage_1:
-            self.critic.load_state_dict(stage_1.weights)
+        weights, self.gamma, self.q_scale = stage_1 or (None, 0.99, 1.0)
+        if weights:
+            self.critic.load_state_dict(weights)
         self.target_policy = copy.deepcopy(self.policy).requires_grad_(False).eval()  # no dropout in targets
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         lr = torch.zeros(2, device=device)  # tensors, which a CUDA graph reads anew
@@ -765,8 +755,8 @@ class Progress:
     q_scale: float = 1.0
 
 
-def pretrained(args: Args, config: Config, data: Dataset) -> Stage1:
-    """Stage 1's critic, which is trained if it is missing; exits 2 on a critic of other data or another width."""
+def pretrained(args: Args, config: Config, data: Dataset) -> tuple[dict, float, float]:
+    """Stage 1's critic, trained if it is missing: weights, discount, Eq. 5's divisor of Q. Exits 2 on an unfit one."""
     task = data.task
     path = Path(args.critic or Path(args.runs_dir) / f"{task.folder}__pretrain_q__{args.seed}" / "critic.pt")
     script = Path(__file__).resolve().parent / "pretrain_q.py"
@@ -790,7 +780,7 @@ def pretrained(args: Args, config: Config, data: Dataset) -> Stage1:
         gamma = content["config"]["gamma"]
         if not (fits(gamma, float) and 0 < gamma < 1 and fits(q_scale, float) and q_scale > 0):
             raise ValueError("its discount or its scale is impossible")
-        return Stage1(content["critic"], gamma, q_scale)
+        return content["critic"], gamma, q_scale
     except Exception as error:  # an edited file can break in any way
         fail(f"{path}: not a critic for this run ({one_line(error)}); check --critic-width, or train it again")
 
@@ -908,10 +898,14 @@ def load_module(script: Path):
 
 
 # ======== shared: checks ========
+PLAIN = str | int | float | bool | None
+CONFIG = dict[str, PLAIN | tuple[PLAIN, ...]]  # a checkpoint's configuration
+
+
 def fits(x, hint) -> bool:
     """Whether a value read from a file has a type of plain data: float takes int; NaN and infinity are no numbers."""
     kind, args = typing.get_origin(hint), typing.get_args(hint)
-    if isinstance(hint, types.UnionType):
+    if isinstance(hint, type(PLAIN)):
         return any(fits(x, arg) for arg in args)
     if kind is dict:
         return isinstance(x, dict) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in x.items())
@@ -921,10 +915,6 @@ def fits(x, hint) -> bool:
     if hint is float:
         return type(x) in (int, float) and math.isfinite(x)
     return type(x) is hint
-
-
-PLAIN = str | int | float | bool | None
-CONFIG = dict[str, PLAIN | tuple[PLAIN, ...]]  # a checkpoint's configuration
 
 
 def build(cls, values: dict):

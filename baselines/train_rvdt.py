@@ -333,8 +333,8 @@ def main() -> None:
     found = find_run("train_rvdt", args, config, task, gamma_is_late=config.critic != "none")
     config, critic_weights = found.config, None
     if config.eta and config.critic != "none" and not found.state:  # resume.pt holds the critic
-        stage_1 = pretrained(args, config, data)
-        config, critic_weights = replace(config, gamma=stage_1.gamma), stage_1.weights
+        critic_weights, gamma, _ = pretrained(args, config, data)
+        config = replace(config, gamma=gamma)
     windows = Windows(data, config.context_len, device)
     learner = Training(task, windows, data, config, critic_weights, fit=not found.state)
     train(found, learner, data, config.total_steps)

@@ -654,10 +654,9 @@ class Task:
     def __post_init__(self):
         sizes, texts = (self.obs_dim, self.act_dim, self.horizon), (self.name, self.env_id, self.label, self.digest)
         possible = self.ref_min < self.ref_max and self.rtg_scale > 0 and len(self.targets) > 0
-        if not possible or not all(0 < n <= 10**6 for n in sizes):
-            raise ValueError("a number of the task is impossible")
-        if not all(text.isprintable() and len(text) <= 400 for text in texts):
-            raise ValueError("a text of the task cannot be printed")
+        readable = all(text.isprintable() and len(text) <= 400 for text in texts)
+        if not possible or not readable or not all(0 < n <= 10**6 for n in sizes):
+            raise ValueError("a number or a text of the task is impossible")
 
     @property
     def folder(self) -> str:
