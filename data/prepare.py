@@ -489,14 +489,14 @@ def content(task, observations, actions, rewards, terminals, ends, label: str, i
             print(f"warning: {label}: {ours}: is this another file?", file=sys.stderr)
     mean, std = observations.mean(axis=0, dtype=np.float64), observations.std(axis=0, dtype=np.float64)
     scale = np.where(std < 1e-6 * np.maximum(1, np.abs(mean)), 1.0, std + 1e-6)  # a constant column stays as it is
-    arrays = (observations, actions, rewards, terminals, ends)
-    digests = [hashlib.sha256(np.ascontiguousarray(x)).digest() for x in arrays]
+    arrays = dict(observations=observations, actions=actions, rewards=rewards, terminals=terminals, ends=ends)
+    digests = [hashlib.sha256(np.ascontiguousarray(x)).digest() for x in arrays.values()]
     digest = hashlib.sha256(b"".join(digests)).hexdigest()[:16]
     fields = {name: task[name] for name in typing.get_type_hints(Task) if name in task}
     task = Task(**fields, label=label, is_d4rl=is_d4rl, digest=digest, sources=sources)
-    tensors = dict(zip(("observations", "actions", "rewards", "terminals", "ends"), map(torch.from_numpy, arrays)))
-    tensors |= dict(obs_mean=torch.as_tensor(mean, dtype=torch.float32), obs_std=torch.as_tensor(scale).float())
-    return dict(stage="prepare", format=FORMAT, task=asdict(task)) | {k: x.contiguous() for k, x in tensors.items()}
+    arrays |= dict(obs_mean=mean.astype(np.float32), obs_std=scale.astype(np.float32))
+    tensors = {name: torch.from_numpy(x).contiguous() for name, x in arrays.items()}
+    return dict(stage="prepare", format=FORMAT, task=asdict(task)) | tensors
 
 
 # ---- dataset.pt ----
