@@ -54,7 +54,7 @@ class Args:
     runs_dir: str = "runs"  # folder of all runs
     exp_name: str = "train_qalign_dt"  # experiment to evaluate; the run folder is <runs-dir>/<env>__<exp-name>__<seed>
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where the policy runs; auto takes CUDA if there is one
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the transformer's blocks; auto: bf16 where hardware has it
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # arithmetic of the blocks; auto: bf16 if the hardware has it
     # only the score at high target returns (the release's; own data: 1.0 and 1.2 times its best return), the paper's
     # protocol, into high_targets.json and .csv. AntMaze, whose returns are 0 and 1, is always evaluated so
     high_targets: bool = False
@@ -70,7 +70,7 @@ class Args:
     # of the data's returns, the number of parameters, and the time per action
     percentiles: bool = False
     trajectories: bool = False  # also the forward velocity against the target, and over time for five of the targets
-    export: str = ""  # only write the policy to this .pt2, for torch.export.load: raw numbers to an action
+    export: str = ""  # only write the policy to this file (.pt2), for torch.export.load: from raw numbers to an action
     video: tuple[float, ...] = ()  # also a GIF: up to 10 s at each of these target returns (raw; needs OpenGL)
 
     def __post_init__(self):

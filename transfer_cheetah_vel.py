@@ -55,7 +55,7 @@ class Args:
     runs_dir: str = "runs"  # folder of all runs
     exp_name: str = "train_qalign_dt"  # experiment to transfer; the run folder is <runs-dir>/<env>__<exp-name>__<seed>
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where the policy runs; auto takes CUDA if there is one
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the transformer's blocks; auto: bf16 where hardware has it
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # arithmetic of the blocks; auto: bf16 if the hardware has it
     # target velocities, m/s: the benchmark's five held-out tasks, all its 40 from 0.075 to 3, or a list
     velocities: Literal["held-out", "grid"] | tuple[float, ...] = "held-out"
     # Table E.15: 1,000 steps, calibrated at 1 and 12 m/s; velocities 1, 2, ..., 12 unless a list is given

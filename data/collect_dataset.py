@@ -86,7 +86,7 @@ class Args:
     format: Literal["hdf5", "minari"] = "hdf5"
     out_dir: str = ""  # folder of the datasets (default: this script's own, where the other stages look for them)
     runs_dir: str = "runs"  # folder of all runs
-    exp_name: str = "collect_dataset"  # of this experiment; the run is in <runs-dir>/<env-id>__<exp-name>__<seed>
+    exp_name: str = "collect_dataset"  # names the run's folder: <runs-dir>/<env-id>__<exp-name>__<seed>
 
     def __post_init__(self):
         check_args(self, {"transitions": 1, "total_steps": START + EVAL_EVERY, "num_envs": 1, "medium_return": -1e9})
