@@ -565,8 +565,7 @@ def main() -> None:
         trained = load_policy(path, "fp32", torch.device("cpu"))
         export(with_context(trained, args.context), Path(args.export))
         return
-    policies = [load_policy(Path(p), args.precision, device) for p in (path, *args.compare)]
-    policies = [with_context(one, args.context) for one in policies]
+    policies = [with_context(load_policy(Path(p), args.precision, device), args.context) for p in (path, *args.compare)]
     trained, task = policies[0], policies[0].task
     if args.env and args.env != task.name:
         fail(f"{path} was trained on --env {task.name}, not {args.env}")
