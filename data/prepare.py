@@ -17,18 +17,14 @@ import difflib
 import glob
 import hashlib
 import http.client
-import importlib.util
 import json
 import math
 import os
 import re
 import signal
 import sys
-import threading
 import typing
 import urllib.request
-import warnings
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -42,6 +38,9 @@ import numpy as np
 import torch
 import tyro
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # stage 2, for what stages read and write alike
+from train_qalign_dt import FORMAT, Task, fail, load_checkpoint, load_module, make_env, one_line, printable, run
 
 
 @dataclass(frozen=True)
@@ -584,202 +583,6 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     task = prepare(args.env, args.dataset_path, args.runs_dir)["task"]
     print(f"{task['name']}: {task['env_id']}, {task['horizon']:,} steps, ready")
-
-
-# ======== shared: data ========
-
-
-@dataclass(frozen=True)
-class Task:
-    """What dataset.pt, and with it every policy.pt, says of the environment. Returns are raw unless noted."""
-
-    name: str  # --env
-    env_id: str  # Gymnasium's, or a maze of data/qalign_mazes.py
-    env_kwargs: dict
-    body: str  # hopper, halfcheetah, walker2d, ant, antmaze, maze2d; "" for other environments
-    quality: str  # medium, mini, umaze, ...
-    tag: str  # v2: D4RL's names; mini; minari; anything else: your own data
-    obs_dim: int
-    act_dim: int
-    horizon: int  # steps after which a rollout is cut
-    ref_min: float  # reference returns, of a random and of an expert policy; 0 and 100: the score is the return
-    ref_max: float
-    rtg_scale: float  # a normalised return-to-go is the raw one divided by it
-    rtg_range: tuple[float, float]  # normalised: the release's for D4RL data, else the data's own
-    targets: tuple[float, ...]  # high target returns to report a score at
-    sweep: tuple[float, ...]  # target returns of stage 3's sweep; (): the data's own returns
-    reward_shift: float  # AntMaze: the critic sees r - 1, as in IQL
-    label: str  # how plots, logs and JSON call the data
-    is_d4rl: bool
-    digest: str  # of the arrays
-    sources: list  # the files: name, size, time, sha256
-
-    def __post_init__(self):
-        numbers = (self.ref_min, self.ref_max, self.rtg_scale, self.reward_shift, *self.rtg_range, *self.targets)
-        sizes, texts = (self.obs_dim, self.act_dim, self.horizon), (self.name, self.env_id, self.label, self.digest)
-        if not all(map(math.isfinite, (*numbers, *self.sweep))) or not all(0 < n <= 10**6 for n in sizes):
-            raise ValueError("a number of the task is out of bounds")
-        if self.ref_min >= self.ref_max or self.rtg_scale <= 0 or not self.targets:
-            raise ValueError("the task's reference returns, scale or targets are impossible")
-        if not all(text.isprintable() and len(text) <= 400 for text in texts):
-            raise ValueError("a text of the task cannot be printed")
-
-    @property
-    def folder(self) -> str:
-        """What run folders start with."""
-        return self.name.replace("/", "--")
-
-    def score(self, returns):
-        """D4RL score: 0 for a random policy's return, 100 for an expert's."""
-        return 100 * (returns - self.ref_min) / (self.ref_max - self.ref_min)
-
-    @property
-    def score_name(self) -> str:
-        return "return" if (self.ref_min, self.ref_max) == (0, 100) else "score (0: random, 100: expert)"
-
-    def summary(self) -> dict:
-        return {"label": self.label, "is_d4rl": self.is_d4rl, "digest": self.digest}
-
-
-# ======== end of shared: data ========
-
-# ======== shared: setup ========
-
-FORMAT = 6  # of the checkpoint files
-
-
-def fail(message: str, code: int = 2):
-    """One line on stderr that says what is wrong, where, and what to do; then exit."""
-    print(f"error: {printable(message, 2000)}", file=sys.stderr)
-    sys.exit(code)
-
-
-def printable(text: str, length: int = 300) -> str:
-    """Text from outside (file names, labels) without line breaks and terminal escapes, cut to a length."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in f"{text:.{length}}")
-
-
-def one_line(error: BaseException) -> str:
-    return printable(" ".join(str(error).split()) or type(error).__name__)
-
-
-def run(main) -> None:
-    """main(); Ctrl-C (exit 130), NaN and errors of the system (exit 1: disk, memory, ...) end in one line on stderr."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    # a full disk ends TensorBoard's thread; our own next file fails for the same reason, and says so in one line
-    threading.excepthook = lambda a: isinstance(a.exc_value, OSError) or threading.__excepthook__(a)
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(line_buffering=True, errors="replace")
-    try:
-        main()
-    except (KeyboardInterrupt, OSError, MemoryError, FloatingPointError, RuntimeError) as error:
-        # torch has no class for a CPU without memory, or for a missing compiler; any other RuntimeError is a bug
-        if isinstance(error, RuntimeError) and not re.search("memory|compiler", str(error)):
-            raise
-        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error)
-        fail("; ".join([reason, *getattr(error, "__notes__", ())]), code=130 if reason == "interrupted" else 1)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_checkpoint(path: Path, *stages: str) -> dict:
-    """Read a checkpoint of one of the stages onto the CPU; no code in a file is run; exits 2 on anything else."""
-    if path.exists() and not path.is_file():
-        fail(f"{path}: not a regular file")
-    try:
-        with open(path, "rb") as f, warnings.catch_warnings(action="ignore"):  # torch warns about foreign pickles
-            if zipfile.ZipFile(f).testzip():  # torch itself does not verify the checksums
-                raise ValueError("damaged")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        stage, version = content["stage"], content["format"]
-        if not (isinstance(stage, str) and type(version) is int):
-            raise TypeError("no stage's")
-        if stage not in stages or version != FORMAT:
-            fail(f"{path}: of {printable(stage, 40)}.py in format {version}, not of {stages[0]}.py in {FORMAT}")
-        size, seen, todo = path.stat().st_size, set(), [content]
-        while todo:  # every tensor, each once: none may claim to be larger than the file
-            x = todo.pop()
-            if isinstance(x, dict | list | tuple) and id(x) not in seen:
-                seen.add(id(x))
-                todo += x.values() if isinstance(x, dict) else x
-            elif torch.is_tensor(x) and (x.requires_grad or x.is_meta or x.layout != torch.strided or x.nbytes > size):
-                raise ValueError("damaged")
-        return content
-    except OSError as error:
-        fail(f"{path}: {error.strerror or one_line(error)}")
-    except Exception:  # zipfile and torch raise a dozen kinds for truncated, foreign and pickled files
-        fail(f"{path}: damaged, or not a checkpoint of {stages[0]}.py")
-
-
-def load_module(script: Path):
-    """One of our own files, as a module."""
-    if script.stem not in sys.modules:
-        spec = importlib.util.spec_from_file_location(script.stem, script)
-        sys.modules[script.stem] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[script.stem]
-
-
-# ======== end of shared: setup ========
-
-# ======== shared: environment ========
-
-
-def make_env(env_id: str, kwargs: dict | None = None):
-    """Gymnasium's environment without its time limit; observations a vector, actions in [-1, 1]. Exits 2 on any other.
-
-    env_id may come from a file, so it chooses among Gymnasium's own environments, gymnasium_robotics' and the mazes in
-    data/qalign_mazes.py, and no other code.
-    """
-    if "mujoco" not in sys.modules:  # make_renderer imports it first: nothing will be rendered, so look for no OpenGL
-        os.environ["MUJOCO_GL"] = "disable"
-    import mujoco
-
-    known = "'settotalmass' is deprecated"  # a remark on Gymnasium's half_cheetah.xml
-    mujoco.set_mju_user_warning(lambda text: None if known in text else warnings.warn(f"MuJoCo: {text}", stacklevel=2))
-    try:
-        if any(isinstance(x, int) and abs(x) > 10_000 for x in (kwargs or {}).values()):  # such as frame_skip
-            raise ValueError("a whole number among its arguments is above 10,000")
-        if env_id.startswith("qalign_mazes:"):
-            here = Path(__file__).resolve().parent
-            load_module(here / ("" if here.name == "data" else "data") / "qalign_mazes.py")  # registers them
-        elif ":" not in env_id and env_id not in gymnasium.registry:
-            import gymnasium_robotics
-
-            gymnasium.register_envs(gymnasium_robotics)
-        entry = gymnasium.spec(env_id.removeprefix("qalign_mazes:")).entry_point
-        if not f"{entry}".startswith(("gymnasium.envs.", "gymnasium_robotics.", "qalign_mazes:")):
-            raise ValueError("not one of Gymnasium's, gymnasium_robotics' or this project's")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is out of date. You should consider upgrading to version `v")
-            env = gymnasium.make(env_id, max_episode_steps=-1, disable_env_checker=True, **(kwargs or {}))
-        if isinstance(env.observation_space, gymnasium.spaces.Dict):
-            env = gymnasium.wrappers.FlattenObservation(env)
-        low, high = env.action_space.low, env.action_space.high
-        if len(env.observation_space.shape) != 1 or low.ndim != 1 or not np.isfinite([low, high]).all():
-            raise ValueError("observations must be numbers, and actions a bounded vector")
-        if (low != -1).any() or (high != 1).any():
-            env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-        return env
-    except (ImportError, FileNotFoundError) as error:
-        fail(f"environment {env_id} needs {getattr(error, 'name', None) or error.filename}, which is missing here")
-    except Exception as error:  # an unknown name, other spaces, arguments that the environment does not take
-        fail(f"environment {env_id}: {one_line(error)}")
-
-
-# ======== end of shared: environment ========
 
 
 if __name__ == "__main__":
