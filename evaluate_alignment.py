@@ -10,6 +10,7 @@ that RADT's authors report, --video a GIF. Policies of baselines/ are evaluated 
 """
 
 import csv
+import functools
 import importlib
 import io
 import json
@@ -39,56 +40,40 @@ import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
-# the help text of a flag that depends on the data names its defaults itself
-Int = Annotated[int | None, tyro.conf.arg(help_behavior_hint="")]
+# the help text of a flag that depends on other things names its defaults itself
+Int, Text = (Annotated[kind | None, tyro.conf.arg(help_behavior_hint="")] for kind in (int, str))
 
 
 @dataclass(frozen=True)
 class Args:
-    env: Annotated[str | None, tyro.conf.arg(help_behavior_hint="")] = None
-    """name of the task, as in stage 2 (default: the checkpoint's, or hopper-mini without --checkpoint)"""
-    checkpoint: Annotated[str, tyro.conf.arg(help_behavior_hint="")] = ""
-    """a policy.pt (default: the one of the run that --env, --seed and --exp-name name)"""
-    compare: tuple[str, ...] = ()
-    """further checkpoints of the same environment, swept over the same targets into the same plot"""
-    seed: int = 1
-    """seed of the run to evaluate, and of the episodes"""
-    runs_dir: str = "runs"
-    """folder of all runs"""
-    exp_name: str = "train_qalign_dt"
-    """name of the experiment to evaluate; the run folder is <runs-dir>/<env>__<exp-name>__<seed>"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the policy runs; auto takes CUDA if there is one. The simulator uses all CPU cores"""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """arithmetic of the transformer's blocks; auto: bf16 where the hardware has it"""
+    env: Text = None  # task, as in stage 2 (default: the checkpoint's, or hopper-mini without --checkpoint)
+    checkpoint: Text = ""  # a policy.pt (default: of the run that --env, --seed and --exp-name name)
+    compare: tuple[str, ...] = ()  # further checkpoints of the same environment, swept into the same plot
+    seed: int = 1  # seed of the run to evaluate, and of the episodes
+    runs_dir: str = "runs"  # folder of all runs
+    exp_name: str = "train_qalign_dt"  # experiment to evaluate; the run folder is <runs-dir>/<env>__<exp-name>__<seed>
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the policy runs; auto takes CUDA if there is one
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # arithmetic of the blocks; auto: bf16 if the hardware has it
+    # only the score at high target returns (the release's; own data: 1.0 and 1.2 times its best return), the paper's
+    # protocol, into high_targets.json and .csv. AntMaze, whose returns are 0 and 1, is always evaluated so
     high_targets: bool = False
-    """only the score at high target returns (the release's; own data: 1.0 and 1.2 times its best return), the paper's
-    protocol, into high_targets.json and .csv. AntMaze, whose returns are 0 and 1, is always evaluated so"""
+    # how the policy is asked, with --high-targets: by the return-to-go, or by a mode of the baseline's own, whose
+    # answer does not depend on the target (plan: VDT's Algorithm 3; best, softmax: QT's choice by Q)
     inference: Literal["request", "plan", "best", "softmax"] = "request"
-    """how the policy is asked, with --high-targets: by the return-to-go, or by a mode of the baseline's own, whose
-    answer does not depend on the target (plan: VDT's Algorithm 3; best, softmax: QT's choice by Q)"""
+    # how many of the last steps the policy sees when it acts (default: stage 2's --eval-context-len); also in the
+    # files' names: alignment_context_<n>
     context: Int = None
-    """how many of the last steps the policy sees when it acts (default: stage 2's --eval-context-len). The files' names
-    then say so: alignment_context_<n>"""
-    rollouts: Int = None
-    """episodes per target return (default: 30; --high-targets: 50; mazes, and --percentiles on CUDA: 100)"""
-    target_step: float = 100.0
-    """distance between two target returns, raw; 12 evenly spaced targets where this gives fewer"""
+    rollouts: Int = None  # episodes per target (default: 30; --high-targets: 50; mazes, and --percentiles on CUDA: 100)
+    target_step: float = 100.0  # distance between two target returns, raw; 12 targets where this gives fewer
+    # also RADT's protocol: the mean absolute error of seven targets, evenly spaced from the 5th to the 95th percentile
+    # of the data's returns, the number of parameters, and the time per action
     percentiles: bool = False
-    """also the mean absolute error of seven targets, evenly spaced from the 5th to the 95th percentile of the data's
-    returns (RADT's protocol), the number of parameters, and the time per action"""
-    trajectories: bool = False
-    """also write the forward velocity against the target, and over time for five of the targets"""
-    export: str = ""
-    """only write the policy for torch.export.load to this file (.pt2): from raw numbers to an action, any batch size"""
-    video: tuple[float, ...] = ()
-    """also render up to 10 s of an episode for each of these target returns (raw), side by side (needs OpenGL)"""
+    trajectories: bool = False  # also the forward velocity against the target, and over time for five of the targets
+    export: str = ""  # only write the policy to this file (.pt2), for torch.export.load: from raw numbers to an action
+    video: tuple[float, ...] = ()  # also a GIF: up to 10 s at each of these target returns (raw; needs OpenGL)
 
     def __post_init__(self):
         check_args(self, {"rollouts": 1, "target_step": 1, "video": -1e9, "context": 1})
-        for name in ("trajectories", "percentiles"):
-            if self.high_targets and getattr(self, name):
-                raise ValueError(f"--{name} needs the whole sweep: leave out --high-targets")
         if self.inference != "request" and (not self.high_targets or self.video or self.export or self.context):
             text = "its answer does not depend on the target: with --high-targets only, no --video, --export, --context"
             raise ValueError(f"--inference {self.inference}: {text}")
@@ -376,11 +361,6 @@ def alignment_rmse(scores: np.ndarray, target_scores: np.ndarray) -> float:
     return float(np.sqrt(np.mean((scores - target_scores) ** 2)))
 
 
-def percentile_targets(returns: np.ndarray) -> np.ndarray:
-    """RADT's seven target returns (raw)."""
-    return np.linspace(*np.percentile(returns, (5, 95)), 7)
-
-
 def absolute_error(achieved, targets, span: float) -> tuple[float, float | None]:
     """RADT's error: mean over the targets of |mean return - target|, raw, and divided by a span of returns if not 0."""
     error = float(np.abs(np.asarray(achieved) - np.asarray(targets)).mean())
@@ -568,8 +548,7 @@ def main() -> None:
         trained = load_policy(path, "fp32", torch.device("cpu"))
         export(with_context(trained, args.context), Path(args.export))
         return
-    policies = [load_policy(Path(p), args.precision, device) for p in (path, *args.compare)]
-    policies = [with_context(one, args.context) for one in policies]
+    policies = [with_context(load_policy(Path(p), args.precision, device), args.context) for p in (path, *args.compare)]
     trained, task = policies[0], policies[0].task
     if args.env and args.env != task.name:
         fail(f"{path} was trained on --env {task.name}, not {args.env}")
@@ -580,34 +559,36 @@ def main() -> None:
         fail(f"{path.parent}: cannot write there; copy the checkpoint to a folder of your own")
     high_only = args.high_targets or task.body == "antmaze"
     if high_only and (args.trajectories or args.percentiles):
-        fail("--trajectories, --percentiles: an AntMaze has no RTG sweep")
+        fail("--trajectories, --percentiles: there is no RTG sweep with --high-targets, nor of an AntMaze")
     if (args.video or args.trajectories) and not hasattr(make_env(task.env_id, task.env_kwargs).unwrapped, "model"):
         fail(f"--video, --trajectories: {task.env_id} has no MuJoCo model")
     renderer = make_renderer(task) if args.video else None
 
     many = task.body in ("antmaze", "maze2d") or args.percentiles and device.type == "cuda"
     rollouts = args.rollouts or (100 if many else 50 if high_only else 30)
+    title = f"{plain(task.label)}\n{rollouts} rollouts per target" + f", context {args.context}" * bool(args.context)
+    if high_only:
+        records, figure = [high_targets(one, args, rollouts) for one in policies], None
+    else:
+        returns = trained.content["episode_returns"].numpy()
+        targets = target_returns(task, returns, args.target_step)
+        # RADT's seven target returns (raw)
+        percentiles = np.linspace(*np.percentile(returns, (5, 95)), 7) if args.percentiles else ()
+        for one in policies:
+            load_critic(one)  # exits before the first rollout
+        sweeps = [sweep(one, targets, rollouts, args.seed, percentiles) for one in policies]
+        records = [record for record, _ in sweeps]
+        figure = functools.partial(plot, records, task, returns, title)
     setting = {"rollouts": rollouts, "episode_seed": args.seed, "device": device.type}
     setting |= {"inference": args.inference, "context": args.context}
     mode = "" if args.inference == "request" else f"_{args.inference}"
     suffix = f"_context_{args.context}" if args.context else ""
     stem = path.parent / f"{'high_targets' if high_only else 'alignment'}{mode}{suffix}"
-    title = f"{plain(task.label)}\n{rollouts} rollouts per target" + f", context {args.context}" * bool(args.context)
-    if high_only:
-        records = [high_targets(one, args, rollouts) for one in policies]
-        write_results(stem, compared(setting, records), rows_of(records))
-    else:
-        returns = trained.content["episode_returns"].numpy()
-        targets = target_returns(task, returns, args.target_step)
-        percentiles = percentile_targets(returns) if args.percentiles else ()
-        for one in policies:
-            load_critic(one)  # exits before the first rollout
-        sweeps = [sweep(one, targets, rollouts, args.seed, percentiles) for one in policies]
-        records = [record for record, _ in sweeps]
-        write_results(stem, compared(setting, records), rows_of(records), lambda: plot(records, task, returns, title))
+    compare = {"compare": records[1:]} if args.compare else {}
+    write_results(stem, setting | records[0] | compare, rows_of(records), figure)
     for record in records:
         print(summary(record))
-    print(f"{task.label}: {stem}.json, .csv{'' if high_only else ', .png'}")
+    print(f"{task.label}: {stem}.json, .csv{', .png' if figure else ''}")
     if args.trajectories:
         write_behaviour(path.parent / f"behaviour{suffix}", setting, records, sweeps[0][1], task, title)
     if args.video:
@@ -629,18 +610,13 @@ def high_targets(trained: "Trained", args: Args, rollouts: int) -> dict:
     return record
 
 
-def compared(setting: dict, records: list[dict]) -> dict:
-    """What a JSON file holds: the setting, the first checkpoint's record, and those it is compared with."""
-    return setting | records[0] | ({"compare": records[1:]} if len(records) > 1 else {})
-
-
 def rows_of(records: list[dict]) -> list[dict]:
     """The rows of the CSV file."""
     rows = []
     for record in records:
-        for kind in [kind for kind in ("sweep", "high_targets", "percentiles") if kind in record]:
-            which = {"checkpoint": record["checkpoint"], "seed": record["seed"], "kind": kind}
-            rows += [which | row for row in record[kind]]
+        for kind in ("sweep", "high_targets", "percentiles"):
+            about = {"checkpoint": record["checkpoint"], "seed": record["seed"], "kind": kind}
+            rows += [about | row for row in record.get(kind, ())]
     return rows
 
 
@@ -1097,8 +1073,7 @@ def make_env(env_id: str, kwargs: dict | None = None):
         if any(isinstance(x, int) and abs(x) > 10_000 for x in (kwargs or {}).values()):  # such as frame_skip
             raise ValueError("a whole number among its arguments is above 10,000")
         if env_id.startswith("qalign_mazes:"):
-            here = Path(__file__).resolve().parent
-            load_module(here / ("" if here.name == "data" else "data") / "qalign_mazes.py")  # registers them
+            load_module(Path(__file__).resolve().parent / "data" / "qalign_mazes.py")  # registers them
         elif ":" not in env_id and env_id not in gymnasium.registry:
             import gymnasium_robotics
 

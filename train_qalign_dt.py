@@ -1128,8 +1128,7 @@ def make_env(env_id: str, kwargs: dict | None = None):
         if any(isinstance(x, int) and abs(x) > 10_000 for x in (kwargs or {}).values()):  # such as frame_skip
             raise ValueError("a whole number among its arguments is above 10,000")
         if env_id.startswith("qalign_mazes:"):
-            here = Path(__file__).resolve().parent
-            load_module(here / ("" if here.name == "data" else "data") / "qalign_mazes.py")  # registers them
+            load_module(Path(__file__).resolve().parent / "data" / "qalign_mazes.py")  # registers them
         elif ":" not in env_id and env_id not in gymnasium.registry:
             import gymnasium_robotics
 

@@ -47,38 +47,25 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Args:
-    env: str | None = None
-    """name of the task, as in stage 2 (default: the checkpoint's, or halfcheetah-mini without --checkpoint)"""
-    checkpoint: str = ""
-    """a policy.pt (default: the one of the run that --env, --seed and --exp-name name)"""
-    compare: tuple[str, ...] = ()
-    """further HalfCheetah checkpoints, each calibrated by itself, in the same table and plot"""
-    seed: int = 1
-    """seed of the run to transfer, and of the episodes"""
-    runs_dir: str = "runs"
-    """folder of all runs"""
-    exp_name: str = "train_qalign_dt"
-    """name of the experiment to transfer; the run folder is <runs-dir>/<env>__<exp-name>__<seed>"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the policy runs; auto takes CUDA if there is one. The simulator uses all CPU cores"""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """arithmetic of the transformer's blocks; auto: bf16 where the hardware has it"""
+    env: str | None = None  # task, as in stage 2 (default: the checkpoint's, or halfcheetah-mini without --checkpoint)
+    checkpoint: str = ""  # a policy.pt (default: of the run that --env, --seed and --exp-name name)
+    compare: tuple[str, ...] = ()  # further HalfCheetah checkpoints, each calibrated by itself, in the same plot
+    seed: int = 1  # seed of the run to transfer, and of the episodes
+    runs_dir: str = "runs"  # folder of all runs
+    exp_name: str = "train_qalign_dt"  # experiment to transfer; the run folder is <runs-dir>/<env>__<exp-name>__<seed>
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the policy runs; auto takes CUDA if there is one
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # arithmetic of the blocks; auto: bf16 if the hardware has it
+    # target velocities, m/s: the benchmark's five held-out tasks, all its 40 from 0.075 to 3, or a list
     velocities: Literal["held-out", "grid"] | tuple[float, ...] = "held-out"
-    """target velocities, m/s: the benchmark's five held-out tasks, all its 40 from 0.075 to 3, or a list"""
+    # Table E.15: 1,000 steps, calibrated at 1 and 12 m/s; velocities 1, 2, ..., 12 unless a list is given
     extended: bool = False
-    """Table E.15: 1,000 steps, calibrated at 1 and 12 m/s; velocities 1, 2, ..., 12 unless a list is given"""
-    rollouts: int = 30
-    """episodes per target velocity, none of them used for the calibration"""
+    rollouts: int = 30  # episodes per target velocity, none of them used for the calibration
+    # RTG(v): the paper's line, our curve, or both, from the same candidates (video: the first)
     calibration: tuple[Literal["two-point", "monotone"], ...] = ("two-point",)
-    """RTG(v): the paper's line, our curve, or both, from the same candidates (video: the first)"""
-    budgets: tuple[int, ...] = (40,)
-    """candidate RTGs at each end, evenly spaced; several are Table C.6 (plot and video: the first)"""
-    calibration_width: float = 2000.0
-    """the candidates' interval is 1000 v -+ this, raw return"""
-    calibration_rollouts: int = 5
-    """episodes per candidate"""
-    video: tuple[float, ...] = ()
-    """also render up to 10 s of an episode for each of these target velocities, side by side (needs OpenGL)"""
+    budgets: tuple[int, ...] = (40,)  # candidate RTGs at each end; several are Table C.6 (plot and video: the first)
+    calibration_width: float = 2000.0  # the candidates' interval is 1000 v -+ this, raw return
+    calibration_rollouts: int = 5  # episodes per candidate
+    video: tuple[float, ...] = ()  # also a GIF: up to 10 s at each of these velocities (needs OpenGL)
 
     def __post_init__(self):
         check_args(self, {"rollouts": 1, "budgets": 2, "calibration_width": 1, "calibration_rollouts": 1})
@@ -837,8 +824,7 @@ def make_env(env_id: str, kwargs: dict | None = None):
         if any(isinstance(x, int) and abs(x) > 10_000 for x in (kwargs or {}).values()):  # such as frame_skip
             raise ValueError("a whole number among its arguments is above 10,000")
         if env_id.startswith("qalign_mazes:"):
-            here = Path(__file__).resolve().parent
-            load_module(here / ("" if here.name == "data" else "data") / "qalign_mazes.py")  # registers them
+            load_module(Path(__file__).resolve().parent / "data" / "qalign_mazes.py")  # registers them
         elif ":" not in env_id and env_id not in gymnasium.registry:
             import gymnasium_robotics
 

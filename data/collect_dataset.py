@@ -70,34 +70,23 @@ Quality = Literal["random", "medium-replay", "medium", "expert", "medium-expert"
 
 @dataclass(frozen=True)
 class Args:
-    env_id: str = "Hopper-v4"
-    """of Gymnasium; <body>-... names of the other stages know v4 of Hopper, HalfCheetah, Walker2d and Ant"""
-    seed: int = 1
-    """seed of the networks, the actions and the episodes"""
+    env_id: str = "Hopper-v4"  # of Gymnasium; other stages' <body>-... are v4 of Hopper, HalfCheetah, Walker2d, Ant
+    seed: int = 1  # seed of the networks, the actions and the episodes
+    # which files to write; the training is the same for all
     qualities: tuple[Quality, ...] = ("random", "medium-replay", "medium", "expert", "medium-expert")
-    """which files to write; the training is the same for all"""
-    transitions: int = 1_000_000
-    """at least this many per policy, in whole episodes (mini: at most this many in the file)"""
-    total_steps: int = 1_000_000
-    """environment steps of training; raise it to continue a finished run"""
-    medium_return: float | None = None
-    """raw return that makes a policy "medium" (default: a third of the expert's)"""
-    eval_every: int | None = None
-    """training steps between two evaluations, whose policies are kept (default: 5,000)"""
+    transitions: int = 1_000_000  # at least this many per policy, in whole episodes (mini: at most, in the file)
+    total_steps: int = 1_000_000  # environment steps of training; raise it to continue a finished run
+    medium_return: float | None = None  # raw return that makes a policy "medium" (default: a third of the expert's)
+    eval_every: int | None = None  # training steps between two evaluations, whose policies are kept (default: 5,000)
+    # mini: of each bin of returns, the episodes of the steadiest reward first: a return then means one speed, and not a
+    # sprint and a fall
     steady: bool = False
-    """mini: of each bin of returns, the episodes of the steadiest reward come first: a return then means one speed, and
-    not as well a sprint and a fall"""
-    num_envs: int = 8
-    """environments that train in lockstep"""
+    num_envs: int = 8  # environments that train in lockstep
+    # D4RL's files, or Minari's datasets local/<body>/<quality>-v0 where Minari keeps them (pip install 'minari[hdf5]')
     format: Literal["hdf5", "minari"] = "hdf5"
-    """D4RL's files, or Minari's datasets local/<body>/<quality>-v0 where Minari keeps them (pip install
-    'minari[hdf5]')"""
-    out_dir: str = ""
-    """folder of the datasets (default: this script's own, where the other stages look for them)"""
-    runs_dir: str = "runs"
-    """folder of all runs"""
-    exp_name: str = "collect_dataset"
-    """name of this experiment; the run is in <runs-dir>/<env-id>__<exp-name>__<seed>"""
+    out_dir: str = ""  # folder of the datasets (default: this script's own, where the other stages look for them)
+    runs_dir: str = "runs"  # folder of all runs
+    exp_name: str = "collect_dataset"  # names the run's folder: <runs-dir>/<env-id>__<exp-name>__<seed>
 
     def __post_init__(self):
         check_args(self, {"transitions": 1, "total_steps": START + EVAL_EVERY, "num_envs": 1, "medium_return": -1e9})
@@ -217,9 +206,8 @@ class SAC:
         self.log_alpha = nn.Parameter(torch.zeros(()))
         nets = dict(actor=self.actor, critic=self.critic, alpha=nn.ParameterList([self.log_alpha]))
         self.opts = {k: torch.optim.Adam(net.parameters(), lr=LR[k], fused=True) for k, net in nets.items()}
-        self.saved_state = (
-            nets | {f"{k}_opt": opt for k, opt in self.opts.items()} | {"target_critic": self.target_critic}
-        )
+        self.saved_state = nets | {f"{k}_opt": opt for k, opt in self.opts.items()}
+        self.saved_state |= {"target_critic": self.target_critic}
 
     def step(self, replay: np.ndarray, num_envs: int) -> torch.Tensor:
         """One gradient step of all; returns the values of `metrics`, and a 1 that counts them (5,)."""
@@ -386,9 +374,8 @@ def record(actor: Actor, args: Args, step: int | None, episodes=0, transitions=0
     envs = Episodes(args.env_id, n, seed, keep_next)
     generator = None if step is None else torch.Generator().manual_seed(seed % 2**63)
     blocks, lengths, whole, total = [], {}, 0, 0  # the first `whole` episodes have ended and hold `total` transitions
-    bar = tqdm(
-        total=transitions, desc=f"policy of step {step}", disable=step is None or None, leave=False, dynamic_ncols=True
-    )
+    shown = dict(desc=f"policy of step {step}", disable=step is None or None, leave=False, dynamic_ncols=True)
+    bar = tqdm(total=transitions, **shown)
     while whole < episodes or total < transitions:
         lengths.update(zip(envs.number.tolist(), (envs.t + 1).tolist()))
         blocks.append(envs.step(actor.act(envs.obs, generator)))
@@ -489,10 +476,7 @@ def write_minari(path: Path, rows: np.ndarray, attributes: dict) -> None:
         flags = dict(terminations=episode["terminals"], truncations=episode["timeouts"], rewards=episode["rewards"])
         buffers.append(EpisodeBuffer(id=i, observations=observations, actions=episode["actions"], **flags))
     root, name = path.parents[4], Path(*path.parts[-5:-2])
-    with (
-        tempfile.TemporaryDirectory(dir=root) as folder,
-        warnings.catch_warnings(action="ignore"),
-    ):  # about authors, links
+    with tempfile.TemporaryDirectory(dir=root) as folder, warnings.catch_warnings(action="ignore"):  # about authors
         os.environ["MINARI_DATASETS_PATH"] = folder
         options = dict(env=gymnasium.make(attributes["env_id"]), algorithm_name="SAC", data_format="hdf5")
         create_dataset_from_buffers(name.as_posix(), buffers, **options)

@@ -13,23 +13,18 @@ The stages that train call `prepare` themselves where that file is missing. Bad 
 file is written.
 """
 
-import contextlib
 import difflib
 import glob
 import hashlib
 import http.client
-import importlib
 import json
 import math
 import os
 import re
 import signal
 import sys
-import threading
 import typing
 import urllib.request
-import warnings
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -44,36 +39,33 @@ import torch
 import tyro
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # stage 2, for what stages read and write alike
+from train_qalign_dt import FORMAT, Task, fail, load_checkpoint, load_module, make_env, one_line, printable, run
+
 
 @dataclass(frozen=True)
 class Args:
-    env: str = "hopper-mini"
-    """what to prepare: a D4RL name, your own data's, or a Minari id (README, "Data")"""
-    dataset_path: tuple[str, ...] = ()
-    """HDF5 file(s) in D4RL's or Minari's layout to use instead; several are concatenated"""
-    runs_dir: str = "runs"
-    """folder of all runs"""
+    env: str = "hopper-mini"  # what to prepare: a D4RL name, your own data's, or a Minari id (README, "Data")
+    dataset_path: tuple[str, ...] = ()  # HDF5 file(s) in D4RL's or Minari's layout to use instead, joined
+    runs_dir: str = "runs"  # folder of all runs
 
 
 HORIZON = 1000  # steps after which Gymnasium and D4RL cut an episode, unless the data or the maze say otherwise
-GYM = dict(rtg_scale=1000.0, horizon=HORIZON)
-# rtg_range (normalised) and targets (raw) are the release's, for D4RL's own data
-BODIES = {
-    "hopper": GYM
-    | dict(env_id="Hopper-v4", obs_dim=11, act_dim=3, ref_min=-20.272305, ref_max=3234.3)
-    | dict(rtg_range=(-1.0, 4.0), targets=(1800.0, 3600.0, 4000.0)),
-    "halfcheetah": GYM
-    | dict(env_id="HalfCheetah-v4", obs_dim=17, act_dim=6, ref_min=-280.178953, ref_max=12135.0)
-    | dict(rtg_range=(-1.0, 25.0), targets=(12000.0, 24000.0)),
-    "walker2d": GYM
-    | dict(env_id="Walker2d-v4", obs_dim=17, act_dim=6, ref_min=1.629008, ref_max=4592.3)
-    | dict(rtg_range=(-1.0, 20.0), targets=(5000.0, 6000.0, 10000.0)),
-    "ant": GYM
-    | dict(env_id="Ant-v4", obs_dim=111, act_dim=8, ref_min=-325.6, ref_max=3879.7)
-    | dict(rtg_range=(-1.0, 10.0), targets=(5000.0, 10000.0)),
-    "antmaze": dict(env_id="", obs_dim=29, act_dim=8, ref_min=0.0, ref_max=1.0, horizon=HORIZON, rtg_scale=1.0)
-    | dict(rtg_range=(0.0, 1.0), targets=(0.8, 0.9, 1.0, 100.0), reward_shift=-1.0),  # IQL's: the critic sees r - 1
-}
+RTG_SCALE = 1000.0  # of the Gym tasks
+BODIES = dict(  # ref_min, ref_max: D4RL's
+    hopper=dict(env_id="Hopper-v4", obs_dim=11, act_dim=3, ref_min=-20.272305, ref_max=3234.3),
+    halfcheetah=dict(env_id="HalfCheetah-v4", obs_dim=17, act_dim=6, ref_min=-280.178953, ref_max=12135.0),
+    walker2d=dict(env_id="Walker2d-v4", obs_dim=17, act_dim=6, ref_min=1.629008, ref_max=4592.3),
+    ant=dict(env_id="Ant-v4", obs_dim=111, act_dim=8, ref_min=-325.6, ref_max=3879.7),
+    antmaze=dict(obs_dim=29, act_dim=8, ref_min=0.0, ref_max=1.0),
+)
+RELEASE = dict(  # for D4RL's own data: the release's range of RTGs (normalised) and its high targets (raw)
+    hopper=dict(rtg_range=(-1.0, 4.0), targets=(1800.0, 3600.0, 4000.0)),
+    halfcheetah=dict(rtg_range=(-1.0, 25.0), targets=(12000.0, 24000.0)),
+    walker2d=dict(rtg_range=(-1.0, 20.0), targets=(5000.0, 6000.0, 10000.0)),
+    ant=dict(rtg_range=(-1.0, 10.0), targets=(5000.0, 10000.0)),
+    antmaze=dict(rtg_range=(0.0, 1.0), targets=(0.8, 0.9, 1.0, 100.0)),
+)
 # v5, which Minari records, has v4's observations, but for Ant's
 BODY_OF = {f"{name}-{v}": name.lower() for name in ("Hopper", "HalfCheetah", "Walker2d") for v in ("v4", "v5")}
 QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "expert")
@@ -90,28 +82,12 @@ NO_MATTER = ("render", "width", "height", "camera", "default_camera")  # how key
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
 MIRROR_URL = "https://huggingface.co/datasets/imone/D4RL/resolve/main"  # the same names in one folder
 READ_TIMEOUT = 30  # seconds without a byte
-D4RL_RETURNS = {  # lowest and highest return of an episode of D4RL's own -v2 files
-    "halfcheetah-random": (-525.96, -85.36),
-    "halfcheetah-medium": (-310.23, 5309.38),
-    "halfcheetah-medium-replay": (-638.49, 4985.14),
-    "halfcheetah-medium-expert": (-310.23, 11252.04),
-    "halfcheetah-expert": (2045.83, 11252.04),
-    "hopper-random": (2.93, 292.55),
-    "hopper-medium": (315.87, 3222.36),
-    "hopper-medium-replay": (-1.44, 3192.93),
-    "hopper-medium-expert": (315.87, 3759.08),
-    "hopper-expert": (1645.28, 3759.08),
-    "walker2d-random": (-17.01, 75.03),
-    "walker2d-medium": (-6.61, 4226.94),
-    "walker2d-medium-replay": (-50.2, 4132.0),
-    "walker2d-medium-expert": (-6.61, 5011.69),
-    "walker2d-expert": (763.42, 5011.69),
-    "ant-random": (-450.51, 106.18),
-    "ant-medium": (-529.61, 4186.98),
-    "ant-medium-replay": (-698.47, 3734.88),
-    "ant-medium-expert": (-1708.24, 5670.89),
-    "ant-expert": (-1708.24, 5670.89),
-}
+D4RL_RETURNS = dict(  # lowest and highest return of an episode of D4RL's own -v2 files, in the order of QUALITIES
+    hopper=((2.93, 292.55), (315.87, 3222.36), (-1.44, 3192.93), (315.87, 3759.08), (1645.28, 3759.08)),
+    halfcheetah=((-525.96, -85.36), (-310.23, 5309.38), (-638.49, 4985.14), (-310.23, 11252.04), (2045.83, 11252.04)),
+    walker2d=((-17.01, 75.03), (-6.61, 4226.94), (-50.2, 4132.0), (-6.61, 5011.69), (763.42, 5011.69)),
+    ant=((-450.51, 106.18), (-529.61, 4186.98), (-698.47, 3734.88), (-1708.24, 5670.89), (-1708.24, 5670.89)),
+)
 
 
 # ---- which data a name stands for ----
@@ -125,7 +101,7 @@ def parse_env(name: str) -> dict:
     if "/" in name:  # Minari's; its metadata say the rest
         if not re.fullmatch(r"([\w-][\w.-]*/)*[\w-][\w.-]*-v\d+", name, re.ASCII):
             fail(f"unknown --env {name!r}: Minari's ids look like mujoco/hopper/expert-v0")
-        base |= dict(body="", quality=name.rpartition("/")[2], tag="minari", env_id="")
+        base |= dict(body="", quality=name.rpartition("/")[2], tag="minari")
         return base | dict(ref_min=0.0, ref_max=100.0)  # scores are returns
     if name == "maze2d-mini" or name in mazes().MAZE2D:
         quality, _, tag = name.removeprefix("maze2d-").rpartition("-")
@@ -142,11 +118,12 @@ def parse_env(name: str) -> dict:
     if body not in BODIES or quality not in qualities or not (own or name in known):
         close = difflib.get_close_matches(name, [*known, *MINIS], n=3, cutoff=0.0)
         fail(f"unknown --env {name!r}: did you mean {', '.join(close)}? (any tag but v2 stands for your own data)")
-    task = base | BODIES[body] | dict(body=body, quality=quality, tag=tag)
-    if body == "antmaze":
-        maze = quality.partition("-")[0]
-        task |= dict(env_id=f"qalign_mazes:AntMaze-{maze}-v0", horizon=700 if maze == "umaze" else HORIZON)
-    return task
+    task = base | BODIES[body] | RELEASE[body] | dict(body=body, quality=quality, tag=tag)
+    if body != "antmaze":
+        return task | dict(horizon=HORIZON, rtg_scale=RTG_SCALE)
+    maze = quality.partition("-")[0]
+    task |= dict(env_id=f"qalign_mazes:AntMaze-{maze}-v0", horizon=700 if maze == "umaze" else HORIZON, rtg_scale=1.0)
+    return task | dict(reward_shift=-1.0)  # IQL's: the critic sees r - 1
 
 
 def mazes():
@@ -155,10 +132,8 @@ def mazes():
 
 def maze_task(name: str) -> dict:
     """Fields of Task of a maze2d-...; quality and tag are the name's."""
-    maze = mazes().MAZE2D[name]
-    return MAZE2D | dict(
-        env_id=f"qalign_mazes:{name}", horizon=maze["horizon"], ref_min=maze["min"], ref_max=maze["max"]
-    )
+    maze, env_id = mazes().MAZE2D[name], f"qalign_mazes:{name}"
+    return MAZE2D | dict(env_id=env_id, horizon=maze["horizon"], ref_min=maze["min"], ref_max=maze["max"])
 
 
 def local_file(task: dict) -> Path:
@@ -216,12 +191,12 @@ def fetch(task: dict, path: Path) -> None:
             except (OSError, ValueError, KeyError, http.client.HTTPException) as error:
                 tried.append(f"{address} ({one_line(error)})")
     quality = "simple" if task["quality"] == "random" else task["quality"].partition("-")[0]
-    minari = f"; Minari's re-recorded set: --env mujoco/{task['body']}/{quality}-v0"
+    other = f"Minari's re-recorded set: --env mujoco/{task['body']}/{quality}-v0"
     if task["body"] == "antmaze":
-        minari = f"; Minari's re-recorded set: --env D4RL/antmaze/{task['quality']}-v1"
+        other = f"Minari's re-recorded set: --env D4RL/antmaze/{task['quality']}-v1"
     if task["body"] == "maze2d":
-        minari = f"; or make it here: python data/collect_maze2d.py {task['name']}"
-    fail(f"cannot download {', '.join(tried)}; put the file at {path}, or give --dataset-path FILE{minari}")
+        other = f"or make it here: python data/collect_maze2d.py {task['name']}"
+    fail(f"cannot download {', '.join(tried)}; put the file at {path}, or give --dataset-path FILE; {other}")
 
 
 def download(url: str, path: Path) -> None:
@@ -251,13 +226,7 @@ def download(url: str, path: Path) -> None:
 
 
 def read_hdf5(path: Path, task: dict) -> tuple[dict, list[np.ndarray]]:
-    """One file in D4RL's or Minari's layout: the task as the file completes it, and its checked arrays.
-
-    The arrays: observations, actions, rewards (float32), terminals, and where episodes end (bool), without the rows
-    after the last end of an episode.
-    """
-    if path.exists() and not path.is_file():
-        fail(f"{path}: not a regular file; check --dataset-path")
+    """One file in D4RL's or Minari's layout: the task as the file completes it, and its arrays from check_arrays."""
     try:
         with open(path, "rb") as raw:
             if raw.read(15).lstrip().lower().startswith((b"<!doctype", b"<html")):
@@ -274,7 +243,9 @@ def read_hdf5(path: Path, task: dict) -> tuple[dict, list[np.ndarray]]:
 
 
 def check_arrays(task: dict, path: Path, arrays: list[np.ndarray]) -> list[np.ndarray]:
-    """The arrays of KEYS, checked and cut into episodes: see read_hdf5."""
+    """From the arrays of KEYS, without the rows after the last end of an episode: observations, actions, rewards
+    (float32), terminals, and where episodes end (bool).
+    """
     N = arrays[0].shape[0] if arrays[0].ndim else 0
     shapes = ((N, task["obs_dim"]), (N, task["act_dim"]), (N,), (N,), (N,))
     for i, (key, shape) in enumerate(zip(KEYS, shapes)):
@@ -296,8 +267,10 @@ def check_arrays(task: dict, path: Path, arrays: list[np.ndarray]) -> list[np.nd
         print(f"{path}: {len(rows) - rows.sum():,} of {len(rows):,} transitions come after a first success: left out")
     if task["body"] == "ant" and observations[:, 27:].any():
         fail(f"{path}: the last 84 of Ant's 111 observations, contact forces, must be zero as in D4RL: Ant-v4 has none")
-    if task["body"] == "maze2d" and not mazes().in_maze(maze := maze_of(task), observations[:, :2]).all():
-        fail(f"{path}: positions outside the free cells of {maze}: a file of another maze?")
+    if task["body"] == "maze2d":
+        maze = mazes().MAZE2D[task["env_id"].rpartition(":")[2]]["maze"]
+        if not mazes().in_maze(maze, observations[:, :2]).all():
+            fail(f"{path}: positions outside the free cells of {maze}: a file of another maze?")
     n = int(np.flatnonzero(episode_end)[-1]) + 1 if episode_end.any() else 0
     tail = f"{len(episode_end) - n:,} of {len(episode_end):,} rows after the last end of an episode"
     if n == 0:
@@ -307,10 +280,6 @@ def check_arrays(task: dict, path: Path, arrays: list[np.ndarray]) -> list[np.nd
     if n < len(episode_end):
         print(f"{path}: {tail} are left out")
     return [x[:n] for x in (observations, actions, rewards, terminals, episode_end)]
-
-
-def maze_of(task: dict) -> str:
-    return mazes().MAZE2D[task["env_id"].rpartition(":")[2]]["maze"]
 
 
 def read_array(f: h5py.Group, key: str) -> np.ndarray:
@@ -352,9 +321,11 @@ def read_minari(f: h5py.File, task: dict) -> list[np.ndarray]:
 
 def d4rl_spec(f: h5py.File) -> dict:
     """What a file in D4RL's layout says of its environment: attributes that our collecting scripts write."""
-    spec = {"id": f.attrs.get("env_id"), "max_episode_steps": f.attrs.get("max_episode_steps"), "kwargs": {}}
-    spec["id"] = spec["id"].decode() if isinstance(spec["id"], bytes) else spec["id"]
-    return spec | {"seed": f.attrs.get("seed")}
+    env_id, limit, seed = (f.attrs.get(key) for key in ("env_id", "max_episode_steps", "seed"))
+    env_id = env_id.decode() if isinstance(env_id, bytes) else env_id
+    if not isinstance(seed, int | np.integer | None):
+        raise TypeError("the attribute seed is no number")
+    return {"id": env_id, "kwargs": {}, "max_episode_steps": limit, "seed": seed}
 
 
 def minari_spec(path: Path, f: h5py.File) -> dict:
@@ -386,11 +357,8 @@ def minari_spec(path: Path, f: h5py.File) -> dict:
 def as_recorded(task: dict, path: Path, spec: dict) -> dict:
     """The task with the environment that its data were recorded in; exits 2 where that is another one."""
     found, kwargs, limit = spec["id"], spec["kwargs"], spec["max_episode_steps"]
-    seed = spec.get("seed")
     if not isinstance(found, str | None) or not isinstance(kwargs, dict):
         fail(f"{path}: the environment's id or arguments are not plain values")
-    if not isinstance(seed, int | np.integer | None):
-        fail(f"{path}: the attribute seed is no number")
     kwargs = {k: v for k, v in kwargs.items() if not k.startswith(NO_MATTER)}
     if limit is not None:
         if not isinstance(limit, int | np.integer) or limit is True or not 0 < limit <= 10**6:
@@ -399,10 +367,10 @@ def as_recorded(task: dict, path: Path, spec: dict) -> dict:
     if "/" in task["name"]:
         return generic(task, path, found, kwargs, spec)
     expected = task["env_id"].rpartition(":")[2]
-    if task["body"] == "maze2d" and task["tag"] == "mini" and found in mazes().MAZE2D:  # the file's maze
-        return task | maze_task(found) | dict(seed=seed)
     if task["body"] == "maze2d":
-        task = task | dict(seed=seed)
+        task = task | dict(seed=spec.get("seed"))
+        if task["tag"] == "mini" and found in mazes().MAZE2D:  # the file's maze
+            return task | maze_task(found)
     if found in (None, expected) and not kwargs:
         return task
     if BODY_OF.get(found) == task["body"] and not kwargs:
@@ -421,18 +389,15 @@ def generic(task: dict, path: Path, env_id: str | None, kwargs: dict, spec: dict
         env.step(env.action_space.sample())
     except Exception as error:
         fail(f"{path}: {env_id} does not run with {kwargs} ({one_line(error)})")
-    space, limit = env.unwrapped.observation_space, gymnasium.spec(env_id.rpartition(":")[2]).max_episode_steps
-    task = task | dict(env_id=env_id, env_kwargs=kwargs, body=BODY_OF.get(env_id, "") if not kwargs else "")
+    space, inner = env.unwrapped.observation_space, env.unwrapped.action_space
+    limit = gymnasium.spec(env_id.rpartition(":")[2]).max_episode_steps or HORIZON
+    task = dict(horizon=limit) | task | dict(env_id=env_id, env_kwargs=kwargs)
     task |= dict(obs_dim=env.observation_space.shape[0], act_dim=env.action_space.shape[0])
     task |= dict(space=space if isinstance(space, gymnasium.spaces.Dict) else None)
-    inner = env.unwrapped.action_space
     if (inner.low != -1).any() or (inner.high != 1).any():
         task |= dict(low=inner.low, high=inner.high)
-    if task["body"]:
-        task |= dict(rtg_scale=BODIES[task["body"]]["rtg_scale"])
-    env.close()
-    if "horizon" not in task:
-        task |= dict(horizon=limit or HORIZON)
+    if env_id in BODY_OF and not kwargs:
+        task |= dict(body=BODY_OF[env_id], rtg_scale=RTG_SCALE)
     low, high = spec.get("ref_min_score"), spec.get("ref_max_score")
     if all(isinstance(x, int | float) and abs(x) <= 1e9 for x in (low, high)) and low < high:
         task |= dict(ref_min=float(low), ref_max=float(high))
@@ -517,20 +482,20 @@ def content(task, observations, actions, rewards, terminals, ends, label: str, i
         if task["body"] not in ("antmaze", "maze2d"):
             best = float(returns.max())
             task["targets"] = (best, best + 0.2 * abs(best))
-    elif known := D4RL_RETURNS.get(f"{task['body']}-{task['quality']}"):
+    elif known := dict(zip(QUALITIES, D4RL_RETURNS.get(task["body"], ()))).get(task["quality"]):
         if not np.allclose(known, (returns.min(), returns.max()), atol=0.02):
             ours = f"returns from {returns.min():.2f} to {returns.max():.2f}, D4RL's from {known[0]} to {known[1]}"
             print(f"warning: {label}: {ours}: is this another file?", file=sys.stderr)
     mean, std = observations.mean(axis=0, dtype=np.float64), observations.std(axis=0, dtype=np.float64)
     scale = np.where(std < 1e-6 * np.maximum(1, np.abs(mean)), 1.0, std + 1e-6)  # a constant column stays as it is
-    arrays = (observations, actions, rewards, terminals, ends)
-    digests = [hashlib.sha256(np.ascontiguousarray(x)).digest() for x in arrays]
+    arrays = dict(observations=observations, actions=actions, rewards=rewards, terminals=terminals, ends=ends)
+    digests = [hashlib.sha256(np.ascontiguousarray(x)).digest() for x in arrays.values()]
     digest = hashlib.sha256(b"".join(digests)).hexdigest()[:16]
     fields = {name: task[name] for name in typing.get_type_hints(Task) if name in task}
     task = Task(**fields, label=label, is_d4rl=is_d4rl, digest=digest, sources=sources)
-    tensors = dict(zip(("observations", "actions", "rewards", "terminals", "ends"), map(torch.from_numpy, arrays)))
-    tensors |= dict(obs_mean=torch.as_tensor(mean, dtype=torch.float32), obs_std=torch.as_tensor(scale).float())
-    return dict(stage="prepare", format=FORMAT, task=asdict(task)) | {k: x.contiguous() for k, x in tensors.items()}
+    arrays |= dict(obs_mean=mean.astype(np.float32), obs_std=scale.astype(np.float32))
+    tensors = {name: torch.from_numpy(x).contiguous() for name, x in arrays.items()}
+    return dict(stage="prepare", format=FORMAT, task=asdict(task)) | tensors
 
 
 # ---- dataset.pt ----
@@ -604,206 +569,20 @@ def current(path: Path, paths: list[Path]) -> dict | None:
     return content
 
 
-@contextlib.contextmanager
 def waiting_lock(folder: Path):
-    """Hold a folder's lock; says so if it has to wait for another process."""
+    """A folder's lock, for `with`; says so if it has to wait for another process."""
     lock = filelock.FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except filelock.Timeout:
         print(f"{folder}: waiting for another process that writes it (Ctrl-C ends this one)", flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     task = prepare(args.env, args.dataset_path, args.runs_dir)["task"]
     print(f"{task['name']}: {task['env_id']}, {task['horizon']:,} steps, ready")
-
-
-# ======== shared: data ========
-@dataclass(frozen=True)
-class Task:
-    """What dataset.pt, and with it every policy.pt, says of the environment. Returns are raw unless noted."""
-
-    name: str  # --env
-    env_id: str  # Gymnasium's, or a maze of data/qalign_mazes.py
-    env_kwargs: dict
-    body: str  # hopper, halfcheetah, walker2d, ant, antmaze, maze2d; "" for other environments
-    quality: str  # medium, mini, umaze, ...
-    tag: str  # v2: D4RL's names; mini; minari; anything else: your own data
-    obs_dim: int
-    act_dim: int
-    horizon: int  # steps after which a rollout is cut
-    ref_min: float  # reference returns, of a random and of an expert policy; 0 and 100: the score is the return
-    ref_max: float
-    rtg_scale: float  # a normalised return-to-go is the raw one divided by it
-    rtg_range: tuple[float, float]  # normalised: the release's for D4RL data, else the data's own
-    targets: tuple[float, ...]  # high target returns to report a score at
-    sweep: tuple[float, ...]  # target returns of stage 3's sweep; (): the data's own returns
-    reward_shift: float  # AntMaze: the critic sees r - 1, as in IQL
-    label: str  # how plots, logs and JSON call the data
-    is_d4rl: bool
-    digest: str  # of the arrays
-    sources: list  # the files: name, size, time, sha256
-
-    def __post_init__(self):
-        sizes, texts = (self.obs_dim, self.act_dim, self.horizon), (self.name, self.env_id, self.label, self.digest)
-        possible = self.ref_min < self.ref_max and self.rtg_scale > 0 and len(self.targets) > 0
-        readable = all(text.isprintable() and len(text) <= 400 for text in texts)
-        if not possible or not readable or not all(0 < n <= 10**6 for n in sizes):
-            raise ValueError("a number or a text of the task is impossible")
-
-    @property
-    def folder(self) -> str:
-        return self.name.replace("/", "--")  # what run folders start with
-
-    def score(self, returns):
-        """D4RL score: 0 for a random policy's return, 100 for an expert's."""
-        return 100 * (returns - self.ref_min) / (self.ref_max - self.ref_min)
-
-    @property
-    def score_name(self) -> str:
-        return "return" if (self.ref_min, self.ref_max) == (0, 100) else "score (0: random, 100: expert)"
-
-    def summary(self) -> dict:
-        return {"label": self.label, "is_d4rl": self.is_d4rl, "digest": self.digest}
-
-
-# ======== end of shared: data ========
-
-# ======== shared: setup ========
-FORMAT = 6  # of the checkpoint files
-
-
-def fail(message: str, code: int = 2):
-    """One line on stderr that says what is wrong, where, and what to do; then exit."""
-    print(f"error: {printable(message, 2000)}", file=sys.stderr)
-    sys.exit(code)
-
-
-def printable(text: str, length: int = 300) -> str:
-    """Text from outside (file names, labels) without line breaks and terminal escapes, cut to a length."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in f"{text:.{length}}")
-
-
-def one_line(error: BaseException) -> str:
-    return printable(" ".join(str(error).split()) or type(error).__name__)
-
-
-def run(main) -> None:
-    """main(); Ctrl-C (exit 130), NaN and errors of the system (exit 1: disk, memory, ...) end in one line on stderr."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    # a full disk ends TensorBoard's thread; our own next file fails for the same reason, and says so in one line
-    threading.excepthook = lambda a: isinstance(a.exc_value, OSError) or threading.__excepthook__(a)
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(line_buffering=True, errors="replace")
-    try:
-        main()
-    except (KeyboardInterrupt, OSError, MemoryError, FloatingPointError, RuntimeError) as error:
-        # torch has no class for a CPU without memory, or for a missing compiler; any other RuntimeError is a bug
-        if isinstance(error, RuntimeError) and not re.search("memory|compiler", str(error)):
-            raise
-        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error)
-        fail("; ".join([reason, *getattr(error, "__notes__", ())]), code=130 if reason == "interrupted" else 1)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_checkpoint(path: Path, *stages: str) -> dict:
-    """Read a checkpoint of one of the stages onto the CPU; no code in a file is run; exits 2 on anything else."""
-    if path.exists() and not path.is_file():
-        fail(f"{path}: not a regular file")
-    try:
-        with open(path, "rb") as f, warnings.catch_warnings(action="ignore"):  # torch warns about foreign pickles
-            if zipfile.ZipFile(f).testzip():  # torch itself does not verify the checksums
-                raise ValueError("damaged")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        stage, version = content["stage"], content["format"]
-        if not (isinstance(stage, str) and type(version) is int):
-            raise TypeError("no stage's")
-        if stage not in stages or version != FORMAT:
-            fail(f"{path}: of {printable(stage, 40)}.py in format {version}, not of {stages[0]}.py in {FORMAT}")
-        size, seen, todo = path.stat().st_size, set(), [content]
-        while todo:  # every tensor, each once: none may claim to be larger than the file
-            x = todo.pop()
-            if isinstance(x, dict | list | tuple) and id(x) not in seen:
-                seen.add(id(x))
-                todo += x.values() if isinstance(x, dict) else x
-            elif torch.is_tensor(x) and (x.requires_grad or x.is_meta or x.layout != torch.strided or x.nbytes > size):
-                raise ValueError("damaged")
-        return content
-    except OSError as error:
-        fail(f"{path}: {error.strerror or one_line(error)}")
-    except Exception:  # zipfile and torch raise a dozen kinds for truncated, foreign and pickled files
-        fail(f"{path}: damaged, or not a checkpoint of {stages[0]}.py")
-
-
-def load_module(script: Path):
-    """One of our own files, as a module."""
-    if script.stem not in sys.modules:
-        sys.path.insert(0, str(script.parent))
-    return importlib.import_module(script.stem)
-
-
-# ======== end of shared: setup ========
-
-
-# ======== shared: environment ========
-def make_env(env_id: str, kwargs: dict | None = None):
-    """Gymnasium's environment without its time limit; observations a vector, actions in [-1, 1]. Exits 2 on others."""
-    if "mujoco" not in sys.modules:  # make_renderer imports it first: nothing will be rendered, so look for no OpenGL
-        os.environ["MUJOCO_GL"] = "disable"
-    import mujoco
-
-    known = "'settotalmass' is deprecated"  # a remark on Gymnasium's half_cheetah.xml
-    mujoco.set_mju_user_warning(lambda text: None if known in text else warnings.warn(f"MuJoCo: {text}", stacklevel=2))
-    try:
-        if any(isinstance(x, int) and abs(x) > 10_000 for x in (kwargs or {}).values()):  # such as frame_skip
-            raise ValueError("a whole number among its arguments is above 10,000")
-        if env_id.startswith("qalign_mazes:"):
-            here = Path(__file__).resolve().parent
-            load_module(here / ("" if here.name == "data" else "data") / "qalign_mazes.py")  # registers them
-        elif ":" not in env_id and env_id not in gymnasium.registry:
-            import gymnasium_robotics
-
-            gymnasium.register_envs(gymnasium_robotics)
-        entry = gymnasium.spec(env_id.removeprefix("qalign_mazes:")).entry_point
-        # env_id may come from a file, which must not choose other code
-        if not f"{entry}".startswith(("gymnasium.envs.", "gymnasium_robotics.", "qalign_mazes:")):
-            raise ValueError("not one of Gymnasium's, gymnasium_robotics' or this project's")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is out of date. You should consider upgrading to version `v")
-            env = gymnasium.make(env_id, max_episode_steps=-1, disable_env_checker=True, **(kwargs or {}))
-        if isinstance(env.observation_space, gymnasium.spaces.Dict):
-            env = gymnasium.wrappers.FlattenObservation(env)
-        low, high = env.action_space.low, env.action_space.high
-        if len(env.observation_space.shape) != 1 or low.ndim != 1 or not np.isfinite([low, high]).all():
-            raise ValueError("observations must be numbers, and actions a bounded vector")
-        if (low != -1).any() or (high != 1).any():
-            env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-        return env
-    except Exception as error:  # an unknown name, other spaces or arguments, a package that is missing
-        fail(f"environment {env_id}: {one_line(error)}")
-
-
-# ======== end of shared: environment ========
 
 
 if __name__ == "__main__":

@@ -4,13 +4,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = (
-    "train_qalign_dt.py",
-    "evaluate_alignment.py",
-    "pretrain_q.py",
-    "transfer_cheetah_vel.py",
-    "data/prepare.py",
-)
+STAGES = ("train_qalign_dt.py", "evaluate_alignment.py", "pretrain_q.py", "transfer_cheetah_vel.py")
 BASELINES = tuple(f"baselines/{name}.py" for name in ("train_radt", "train_vdt", "tune_vdt", "train_qt", "train_rvdt"))
 BLOCK = re.compile(r"^# =+ shared: (\w+) =+\n.*?^# =+ end of shared: \1 =+\n", re.M | re.S)
 

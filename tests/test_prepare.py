@@ -650,7 +650,8 @@ def test_other_returns_than_d4rls_are_said(server, monkeypatch, capsys, hopper_f
     returns = data_of("hopper-medium-v2").returns
     text = f"returns from {returns.min():.2f} to {returns.max():.2f}, D4RL's from 315.87 to 3222.36"
     assert text in capsys.readouterr().err
-    monkeypatch.setitem(prepare.D4RL_RETURNS, "hopper-medium", (round(returns.min(), 2), round(returns.max(), 2)))
+    medium = (round(returns.min(), 2), round(returns.max(), 2))
+    monkeypatch.setitem(prepare.D4RL_RETURNS, "hopper", ((0, 0), medium))  # as in QUALITIES, after random
     data_of("hopper-medium-v2")
     data_of("hopper-medium-own", hopper_file)
     assert capsys.readouterr().err == ""
