@@ -14,6 +14,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import filelock
 import h5py
@@ -23,7 +24,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 import run_studies as studies  # noqa: E402
-from conftest import call  # noqa: E402
+from conftest import Forked, call  # noqa: E402
 
 ENV = "hopper-medium-tiny"
 CRITIC = "--device cpu --critic-width 8 --total-steps 5"
@@ -429,7 +430,13 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
 # ---- a whole study
 
 
-def test_a_study_from_data_to_table(data, main, tmp_path, monkeypatch):
+@pytest.fixture
+def forked(monkeypatch):
+    """Scripts start at once; the slow tests, and those of runs that fail, start Python itself."""
+    monkeypatch.setattr(studies, "subprocess", SimpleNamespace(DEVNULL=subprocess.DEVNULL, Popen=Forked))
+
+
+def test_a_study_from_data_to_table(data, main, forked, monkeypatch):
     """Q-Align DT as it is, and a DT whose folder holds something else, which fails."""
     monkeypatch.setitem(studies.STUDIES, "components", studies.STUDIES["components"][:2])
     name, bad = f"{ENV}__train_qalign_dt__1", f"{ENV}__dt__1"
@@ -556,7 +563,7 @@ def test_table_1_as_commands_without_network_or_data(main, tmp_path, monkeypatch
     assert run.stages["critic"][1][1:] == shlex.split(critics[-1])[2:]  # one stage 1 for all that name it
 
 
-def test_the_lines_one_after_the_other_make_the_records(data, main, tmp_path, monkeypatch):
+def test_the_lines_one_after_the_other_make_the_records(data, main, forked, tmp_path, monkeypatch):
     """By --list, whose last line is a run, and by --workers: the same records; then the study writes its table."""
     monkeypatch.setitem(studies.STUDIES, "table1", studies.STUDIES["table1"][:1])
     argv = f"table1 --env {ENV} --dataset-path {data} --seeds 1 --score-rollouts 2 --results-dir results".split()
