@@ -74,6 +74,10 @@ def by_hand(obs, act, rewards, terminals, ends, **task):
     return stage2.Dataset(tensors | {"task": task})
 
 
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
 def tree(folder: Path) -> dict[Path, bytes]:
     """Every file below a folder with its content."""
     return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
