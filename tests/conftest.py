@@ -1,9 +1,13 @@
 """What the tests share: tiny data, tiny runs (made once), and a stage's command line called in this process."""
 
 import contextlib
+import importlib
 import io
+import multiprocessing
 import os
+import runpy
 import signal
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -19,8 +23,10 @@ import torch
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background, where children then ignore Ctrl-C, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
+FORK = multiprocessing.get_context("fork")
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "results"), str(ROOT / "baselines"), str(ROOT / "tests")]
+FOLDERS = [str(ROOT / name) for name in (".", "data", "results", "baselines", "tests")]
+sys.path[:0] = FOLDERS
 
 ENV = "hopper-medium-tiny"
 TINY1 = "--device cpu --critic-width 16 --total-steps 30 --batch-size 32".split()
@@ -68,19 +74,24 @@ def by_hand(obs, act, rewards, terminals, ends, **task):
     return stage2.Dataset(tensors | {"task": task})
 
 
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
 def tree(folder: Path) -> dict[Path, bytes]:
     """Every file below a folder with its content."""
     return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def call(stage, *argv) -> tuple[int, str, str]:
-    """A stage's run(main) with a command line, in this process: exit code, stdout, stderr."""
+    """A script's run(main), or main, with a command line, in this process: exit code, stdout, stderr."""
+    run = getattr(stage, "run", lambda main: main())
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
     code = 0
     with mock.patch.object(sys, "argv", [f"{stage.__name__}.py", *map(str, argv)]):
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                stage.run(stage.main)
+                run(stage.main)
             except SystemExit as exit:
                 code = exit.code or 0
     texts = []
@@ -88,6 +99,54 @@ def call(stage, *argv) -> tuple[int, str, str]:
         stream.flush()
         texts.append(stream.buffer.getvalue().decode())
     return code, *texts
+
+
+class Forked:
+    """As subprocess.Popen([python, script, *flags], ...), forked from this process, which has imported torch already.
+
+    The script is __main__ and finds none of this project's modules imported or on sys.path.
+    """
+
+    def __init__(self, command, stdout=None, stderr=None, before=lambda: None, **options):
+        for name in ("matplotlib.figure", "scipy.stats", "torch.utils.tensorboard"):  # what scripts import late
+            importlib.import_module(name)
+        self.files = [tempfile.TemporaryFile() if x == subprocess.PIPE else x for x in (stdout, stderr)]
+        self.process = FORK.Process(target=self.run, args=([str(x) for x in command[1:]], before), kwargs=options)
+        self.process.start()
+        self.pid, self.kill, self.terminate = self.process.pid, self.process.kill, self.process.terminate
+
+    def run(self, argv, before, cwd=".", env=None, start_new_session=False, **_):
+        if start_new_session:
+            os.setsid()
+        for number, file in enumerate(self.files, 1):
+            os.dup2(file.fileno() if file else os.open(os.devnull, os.O_WRONLY), number)
+        sys.stdout = open(1, "w", buffering=1, closefd=False)
+        sys.stderr = open(2, "w", buffering=1, closefd=False, errors="backslashreplace")
+        for name, module in list(sys.modules.items()):
+            if os.path.dirname(getattr(module, "__file__", None) or "") in FOLDERS:
+                del sys.modules[name]
+        sys.path[:] = [str(Path(argv[0]).parent), *(x for x in sys.path if x not in FOLDERS)]
+        os.chdir(cwd)
+        os.environ.update(env or {})
+        sys.argv = argv
+        before()
+        runpy.run_path(argv[0], run_name="__main__")
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    returncode = property(poll)
+
+    def wait(self, timeout=None) -> int | None:
+        self.process.join(timeout)
+        return self.poll()
+
+    def communicate(self, timeout=None) -> list[str | None]:
+        assert self.wait(timeout) is not None
+        return [file and (file.seek(0), file.read().decode())[1] for file in self.files]
+
+    def send_signal(self, number) -> None:
+        os.kill(self.pid, number)
 
 
 def write_hdf5(path, observations, actions, rewards, terminals, timeouts):

@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call, data_of
+from conftest import ROOT, Forked, call, data_of
 
 import evaluate_alignment as stage3
 
@@ -536,8 +536,14 @@ def interrupted(tmp_path_factory):
     shutil.copy(ROOT / "train_qalign_dt.py", folder)
     code = KILLED.format(folder=str(folder / "data"), constants=SMALL, signal=int(signal.SIGKILL))
     flags = ["--num-envs", "4", "--transitions", "200", "--qualities", "random", "--total-steps"]
-    child = subprocess.run([sys.executable, "-c", code, *flags, "288"], cwd=folder, capture_output=True, text=True)
-    killed = child, resume_pt(folder)["progress"]["step"], list((folder / "data").glob("*.hdf5"))
+    (folder / "killed.py").write_text(code)
+    child = Forked([sys.executable, folder / "killed.py", *flags, "288"], cwd=folder, stderr=subprocess.PIPE)
+    killed = (
+        child.communicate()[1],
+        child.returncode,
+        resume_pt(folder)["progress"]["step"],
+        list((folder / "data").glob("*.hdf5")),
+    )
     with open(folder / RUN / "replay.bin", "ab") as f:
         f.write(b"rows that a killed process wrote after its last checkpoint, half of one")
     real = stage0.save_resume
@@ -559,8 +565,8 @@ def interrupted(tmp_path_factory):
 
 
 def test_a_killed_run_resumes_at_its_last_checkpoint(interrupted):
-    child, step, datasets = interrupted.killed
-    assert (child.returncode, step, datasets) == (-signal.SIGKILL, 96, []), child.stderr
+    err, code, step, datasets = interrupted.killed
+    assert (code, step, datasets) == (-signal.SIGKILL, 96, []), err
     assert "step 96 of 288" in interrupted.stopped[0][1]
 
 

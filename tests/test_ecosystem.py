@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ENV, ROOT, TINY1, TINY2, argv, data_of
+from conftest import ENV, ROOT, TINY1, TINY2, Forked, argv, data_of
 
 import evaluate_alignment as stage3
 import pretrain_q as stage1
@@ -62,9 +62,9 @@ def test_high_targets_alone_take_50_rollouts_of_two_targets_for_ones_own_data(
 def test_where_stdout_and_stderr_are_no_terminal_there_is_a_line_per_evaluation_and_no_bar(tmp_path, hopper_file):
     flags = argv(hopper_file, tmp_path, *TINY2, "--lambda-e", 0, "--eval-every", 15)
     command = [sys.executable, ROOT / "train_qalign_dt.py", *flags]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert result.stderr == "" and "\r" not in result.stdout
-    lines = [line for line in result.stdout.splitlines() if line.startswith("step ")]
+    out, err = Forked(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE).communicate()
+    assert err == "" and "\r" not in out
+    lines = [line for line in out.splitlines() if line.startswith("step ")]
     assert [line.partition(":")[0] for line in lines] == ["step 0", "step 15", "step 30"]
 
 

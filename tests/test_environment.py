@@ -3,6 +3,8 @@
 import ast
 import importlib.metadata
 import importlib.util
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENV, ROOT, TINY1, TINY2, call
+from conftest import ENV, ROOT, TINY1, TINY2, Forked, call
 from test_transfer import save_policy
 
 STAGES = ("pretrain_q", "train_qalign_dt", "evaluate_alignment", "transfer_cheetah_vel")
@@ -65,7 +67,7 @@ def blocked_modules(requirements: str) -> list[str]:
 
 PROGRAM = """
 import importlib, json, sys
-blocked, scripts, modules = json.loads(sys.stdin.read())
+blocked, scripts, modules, policy = json.loads(sys.stdin.read())
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
@@ -74,6 +76,10 @@ class Blocker:
 
 sys.meta_path.insert(0, Blocker())
 sys.path[:0] = scripts
+if policy:
+    import evaluate_alignment
+    sys.argv = ["evaluate_alignment.py", "--checkpoint", policy, "--rollouts", "1"]
+    evaluate_alignment.run(evaluate_alignment.main)
 for name in modules:  # every import statement of every script, also those inside functions
     importlib.import_module(name)
 import collect_dataset, evaluate_alignment, numpy, pretrain_q, run_studies, train_qalign_dt, transfer_cheetah_vel
@@ -100,18 +106,21 @@ def imports() -> list[str]:
     return sorted(name for name in names if name.partition(".")[0] not in OPTIONAL)
 
 
-def import_and_step(requirements: str) -> subprocess.CompletedProcess:
-    import json
-
+def import_and_step(requirements: str, policy: str = "", **surroundings: str) -> subprocess.CompletedProcess:
     folders = [str(ROOT), str(ROOT / "data"), str(ROOT / "results"), str(ROOT / "baselines")]
-    text = json.dumps([blocked_modules(requirements), folders, imports()])
-    return subprocess.run([sys.executable, "-c", PROGRAM], input=text, capture_output=True, text=True, timeout=300)
+    text = json.dumps([blocked_modules(requirements), folders, imports(), policy])
+    options = dict(env=os.environ | surroundings, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, "-c", PROGRAM], input=text, **options)
 
 
-def test_requirements_are_enough_for_every_script():
-    """With everything else blocked that happens to be installed here."""
-    result = import_and_step((ROOT / "requirements.txt").read_text())
+def test_requirements_are_enough_for_every_script_and_a_bad_renderer_and_strict_streams_stop_nothing(
+    pipeline, tmp_path
+):
+    """With everything else blocked that happens to be installed here; a sweep needs no picture of MuJoCo's."""
+    policy, odd = str(shutil.copy(pipeline.policy, tmp_path)), dict(PYTHONIOENCODING="ascii:strict", LC_ALL="C")
+    result = import_and_step((ROOT / "requirements.txt").read_text(), policy, MUJOCO_GL="nonsense", **odd)
     assert result.returncode == 0 and "all imported and stepped" in result.stdout, result.stderr
+    assert (tmp_path / "alignment.json").exists()
 
 
 @pytest.mark.parametrize("missing", ["imageio", "scipy", "tensorboard", "filelock"])
@@ -155,7 +164,6 @@ def test_help_has_a_text_for_every_flag(script, monkeypatch):
 
     monkeypatch.setenv("COLUMNS", "160")
     stage = module(script)
-    monkeypatch.setattr(stage, "run", getattr(stage, "run", lambda main: main()), raising=False)
     code, out, err = call(stage, "--help")
     assert (code, err) == (0, "")
     text = re.sub(r"[\u2500-\u257f]", " ", out)  # boxes
@@ -187,11 +195,8 @@ def test_each_stage_is_one_file(script, tmp_path):
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [Path(path)]
 
 
-TOGETHER = [STAGES[1:3], pytest.param((STAGES[0], STAGES[3]), marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("names", TOGETHER, ids=" and ".join)
-def test_each_stage_runs_where_it_was_copied_to_with_the_checkpoints_that_it_reads(names, tmp_path, pipeline):
+@pytest.mark.parametrize("start", [Forked, pytest.param(subprocess.Popen, marks=pytest.mark.slow)])
+def test_each_stage_runs_where_it_was_copied_to_with_the_checkpoints_that_it_reads(start, tmp_path, pipeline):
     """One file and its .pt files, from another working directory, in a process of its own; the weights are the same."""
     data, critic, run = Path(f"{ENV}__data", "dataset.pt"), Path(f"{ENV}__pretrain_q__1", "critic.pt"), f"{ENV}__%s__1"
     policy, results = Path(run % "train_qalign_dt", "policy.pt"), {"alignment.json", "alignment.csv", "alignment.png"}
@@ -204,7 +209,7 @@ def test_each_stage_runs_where_it_was_copied_to_with_the_checkpoints_that_it_rea
         "transfer_cheetah_vel": ({policy: cheetah}, ["--checkpoint", Path("runs", policy), *quick], {"transfer.json"}),
     }
     processes = {}
-    for name in names:
+    for name in STAGES:
         files, flags, _ = stages[name]
         for file, source in files.items():
             path = tmp_path / name / "elsewhere" / "runs" / file
@@ -212,7 +217,7 @@ def test_each_stage_runs_where_it_was_copied_to_with_the_checkpoints_that_it_rea
             shutil.copy(source or pipeline.runs / file, path)
         command = [sys.executable, shutil.copy(ROOT / f"{name}.py", tmp_path / name), *map(str, flags)]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        processes[name] = subprocess.Popen(command, cwd=tmp_path / name / "elsewhere", **pipes)
+        processes[name] = start(command, cwd=tmp_path / name / "elsewhere", **pipes)
     for name, process in processes.items():
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0 and "Traceback" not in err, (name, err)

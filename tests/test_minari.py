@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 from conftest import TINY1, TINY2, data_of
+from test_prepare import play, write_minari
 
 import evaluate_alignment as stage3
 import pretrain_q as stage1
@@ -20,44 +21,20 @@ NAME = "tests/hopper/mixed-v0"
 WRAPPER = dict(additional_wrappers=[dict(name="OrderEnforcing", entry_point="os:system", kwargs={})])
 
 
-def play(n_episodes: int):
-    """Episodes of random actions in Hopper-v5: lists of observations (T + 1), actions, rewards and the last flags."""
-    env, rng, episodes = gymnasium.make("Hopper-v5", max_episode_steps=15), np.random.default_rng(0), []
-    for seed in range(n_episodes):
-        observations, actions, rewards, done = [env.reset(seed=seed)[0]], [], [], False
-        while not done:
-            actions.append(rng.uniform(-1, 1, 3).astype(np.float32))
-            obs, reward, terminated, truncated, _ = env.step(actions[-1])
-            observations.append(obs)
-            rewards.append(reward)
-            done = terminated or truncated
-        episodes.append((np.array(observations), np.array(actions), np.array(rewards), terminated, truncated))
-    env.close()
-    return episodes
-
-
 @pytest.fixture(scope="module")
 def episodes():
-    found = play(12)
+    """Random actions in Hopper-v5."""
+    found = play(gymnasium.make("Hopper-v5", max_episode_steps=15), 12)
     assert any(e[3] for e in found) and any(e[4] for e in found)  # both kinds of end are in it
-    return found
+    return [(*map(np.array, e[:3]), *e[3:]) for e in found]
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, episodes):
     """A dataset in Minari's layout, where Minari keeps it."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    folder = tmp_path / "minari" / NAME / "data"
-    folder.mkdir(parents=True)
-    with h5py.File(folder / "main_data.hdf5", "w") as f:
-        for i, (observations, actions, rewards, terminated, truncated) in enumerate(episodes):
-            T = len(rewards)
-            columns = dict(observations=observations, actions=actions, rewards=rewards)
-            columns |= dict(terminations=[False] * (T - 1) + [terminated], truncations=[False] * (T - 1) + [truncated])
-            for key, x in columns.items():
-                f[f"episode_{i}/{key}"] = x
-    write_metadata(folder, id="Hopper-v5", kwargs={})
-    return folder
+    write_minari(NAME, episodes, id="Hopper-v5", max_episode_steps=1000)
+    return tmp_path / "minari" / NAME / "data"
 
 
 def write_metadata(folder, more=(), **spec):

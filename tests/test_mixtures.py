@@ -1,16 +1,9 @@
 """data/mix_returns.py: which episodes a low-data mixture holds."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import h5py
+import mix_returns
 import numpy as np
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "data"))
-import mix_returns  # noqa: E402
 
 RETURNS = np.array([3.0, 9.0, 1.0, 7.0, 5.0, 2.0, 8.0, 0.0, 6.0, 4.0])  # strata: 9 8 7 | 6 5 4 3 | 2 1 0
 
@@ -52,17 +45,11 @@ def write(path, lengths=(3, 2, 4), incomplete=2):
         f.attrs["env_id"] = "Hopper-v4"
 
 
-def command(*flags):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "data/mix_returns.py"), *map(str, flags)], capture_output=True, text=True
-    )
-
-
-def test_the_file_holds_whole_episodes_in_the_order_drawn(tmp_path):
+def test_the_file_holds_whole_episodes_in_the_order_drawn(run_main, tmp_path):
     write(tmp_path / "all.hdf5")
     flags = (tmp_path / "all.hdf5", "--out", tmp_path / "some.hdf5", "--ratio", 1, 1, 1, "--fraction", 1)
-    done = command(*flags)
-    assert done.returncode == 0 and "3 of 3 episodes, 3 different, 9 transitions" in done.stdout, done.stderr
+    code, out, err = run_main(mix_returns, *flags)
+    assert code == 0 and "3 of 3 episodes, 3 different, 9 transitions" in out, err
     with h5py.File(tmp_path / "some.hdf5") as f:  # returns 0+1+2, 3+4, 5+6+7+8: the last is best, then the second
         assert f.attrs["env_id"] == "Hopper-v4" and list(f.attrs["episodes"]) == [2, 1, 0]
         assert f["rewards"][:].tolist() == [5, 6, 7, 8, 3, 4, 0, 1, 2]
@@ -71,8 +58,8 @@ def test_the_file_holds_whole_episodes_in_the_order_drawn(tmp_path):
         assert f["terminals"][:].tolist() == [False] * 8 + [True]
     assert list(tmp_path.glob("*.tmp")) == []
     before = (tmp_path / "all.hdf5").read_bytes()
-    done = command(tmp_path / "all.hdf5", "--out", tmp_path / "all.hdf5")
-    assert done.returncode == 2 and "all.hdf5 exists" in done.stderr and (tmp_path / "all.hdf5").read_bytes() == before
+    code, _, err = run_main(mix_returns, tmp_path / "all.hdf5", "--out", tmp_path / "all.hdf5")
+    assert code == 2 and "all.hdf5 exists" in err and (tmp_path / "all.hdf5").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -88,7 +75,7 @@ def test_the_file_holds_whole_episodes_in_the_order_drawn(tmp_path):
         (("all.hdf5", "--out", "nowhere/some.hdf5"), "nowhere/some.hdf5"),
     ],
 )
-def test_bad_input_is_one_line(flags, message, tmp_path):
+def test_bad_input_is_one_line(flags, message, run_main, tmp_path):
     write(tmp_path / "all.hdf5")
     write(tmp_path / "two.hdf5", lengths=(2, 2))
     with h5py.File(tmp_path / "other.hdf5", "w") as f:
@@ -101,6 +88,6 @@ def test_bad_input_is_one_line(flags, message, tmp_path):
     file, *rest = flags
     rest = [tmp_path / x if "/" in str(x) else x for x in rest]
     out = () if "--out" in rest else ("--out", tmp_path / "some.hdf5")
-    done = command(tmp_path / file, *rest, *out)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    code, _, err = run_main(mix_returns, tmp_path / file, *rest, *out)
+    assert code == 2 and message in err and "Traceback" not in err
     assert not (tmp_path / "some.hdf5").exists() and list(tmp_path.glob("*.tmp")) == []

@@ -4,7 +4,6 @@ import contextlib
 import csv
 import fcntl
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -20,7 +19,7 @@ import numpy as np
 import prepare
 import pytest
 import torch
-from conftest import ENV, ROOT, TINY1, TINY2, argv, data_of, task_of, tree, write_hdf5
+from conftest import ENV, FORK, ROOT, TINY1, TINY2, Forked, argv, data_of, load, task_of, tree, write_hdf5
 
 import evaluate_alignment as stage3
 import pretrain_q as stage1
@@ -28,10 +27,6 @@ import train_qalign_dt as stage2
 
 CPU = torch.device("cpu")
 FOLDER2 = f"{ENV}__train_qalign_dt__1"
-
-
-def load(path: Path) -> dict:
-    return torch.load(path, weights_only=True)
 
 
 def read_csv(path: Path) -> list[dict]:
@@ -479,7 +474,7 @@ def whole(pipeline, run_main, hopper_file, tmp_path_factory):
     runs, critic = tmp_path_factory.mktemp("whole"), ["--critic", pipeline.critic]
     flags = {
         stage1: [*TINY1, "--total-steps", 95],
-        stage2: [*TINY2, *critic, "--total-steps", 95, "--eval-every", 40],
+        stage2: [*TINY2, *critic, "--total-steps", 95, "--eval-every", 20],
     }
     for stage in flags:
         assert run_main(stage, *argv(hopper_file, runs, *flags[stage]))[0] == 0
@@ -495,12 +490,14 @@ def test_killed_and_resumed_ends_with_the_same_bits(stage, final, networks, whol
     flags, folders = whole
     command = argv(hopper_file, tmp_path, *flags[stage])
     folder = tmp_path / folders[stage].name
-    process = start(stage, *command, "--checkpoint-minutes", 0)
-    wait_for((folder / "resume.pt").exists, process)
-    while step_of(folder / "resume.pt") < 12:
-        time.sleep(0.005)
+    process = FORK.Process(target=run_main, args=(stage, *command, "--checkpoint-minutes", 0))
+    process.start()
+    while not (folder / "resume.pt").exists() or step_of(folder / "resume.pt") < 12:
+        assert process.is_alive()
+        time.sleep(0.02)
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     step = step_of(folder / "resume.pt")
     assert 12 <= step < 95
     (folder / "metrics.csv").write_bytes(b"\0torn,")  # no run reads it
@@ -541,7 +538,7 @@ def test_ctrl_c_is_one_line_that_names_the_last_good_state(stage, whole, run_mai
 
     def interrupted(self, *args):
         calls.append(1)
-        if len(calls) in (1, 50):
+        if len(calls) in (1, 25):
             signal.raise_signal(signal.SIGINT)
         return real(self, *args)
 
@@ -550,9 +547,9 @@ def test_ctrl_c_is_one_line_that_names_the_last_good_state(stage, whole, run_mai
     assert code == 130 and "error: interrupted; nothing was saved" in error_line(err)
     code, _, err = run_main(stage, *command, "--checkpoint-minutes", 0)
     assert code == 130 and f"{folder}/resume.pt" in error_line(err) and "the same command continues" in error_line(err)
-    assert step_of(folder / "resume.pt") == 48
+    assert step_of(folder / "resume.pt") == 23
     code, out, err = run_main(stage, *command)
-    assert code == 0 and "step 48\n" in out, err
+    assert code == 0 and "step 23\n" in out, err
     assert_same_run(folders[stage], folder, "critic.pt" if stage is stage1 else "policy.pt", ("critic",))
 
 
@@ -562,7 +559,7 @@ def test_ctrl_c_sent_to_stage_2_alone_ends_its_stage_1(tmp_path, hopper_file):
     (tmp_path / "pretrain_q.py").write_text(stub)
     command = [sys.executable, tmp_path / "train_qalign_dt.py", *argv(hopper_file, "runs", *TINY2)]
     prepare.prepare(ENV, (str(hopper_file),), tmp_path / "runs")  # which is not beside the copied stage
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = Forked(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("]"), process)
     pid, _, flags = (tmp_path / "pid").read_text().partition(" ")
     assert ENV in flags and str(hopper_file) in flags and "'--critic-width', '16'" in flags
@@ -655,7 +652,7 @@ def test_ctrl_c_ends_a_waiting_run_and_a_killed_holder_leaves_the_critic_to_the_
 
     try:
         for text in texts:
-            processes.append(multiprocessing.get_context("fork").Process(target=child, args=(text,)))
+            processes.append(FORK.Process(target=child, args=(text,)))
             processes[-1].start()
             wait_for(says(text, "waiting for another process" if processes[1:] else "step 0\n"), None)
         assert all(text.read_text().count("\n") == 1 and f"{ENV}__pretrain_q__1" in text.read_text() for text in texts)

@@ -9,10 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "results")]
-import run_studies as studies  # noqa: E402
+import run_studies as studies
+from conftest import ROOT
 
 RESULTS = ROOT / "results"
 TABLES = [f"{path.parent.name}/{path.stem}" for path in sorted(RESULTS.glob("studies/*/*.md"))]

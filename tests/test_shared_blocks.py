@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import Forked
 from shared_blocks import BASELINES, ROOT, STAGES, blocks, sources
 
 FOUND = {file: blocks(file) for file in STAGES}
@@ -135,5 +136,7 @@ def test_stage_3_loads_every_baseline_by_its_path(tmp_path):
     """From another working directory, in a process where nothing else has put folders on sys.path."""
     program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import evaluate_alignment as stage3\n"
     program += "print(*(stage3.baseline(name).make_policy.__name__ for name in stage3.BASELINES))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stdout.split()) == (0, ["make_policy"] * len(BASELINES)), done.stderr
+    (tmp_path / "program.py").write_text(program)
+    process = Forked([sys.executable, tmp_path / "program.py"], cwd=tmp_path, stdout=subprocess.PIPE)
+    out, _ = process.communicate(timeout=300)
+    assert (process.returncode, out.split()) == (0, ["make_policy"] * len(BASELINES))

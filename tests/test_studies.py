@@ -14,16 +14,14 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import filelock
 import h5py
 import numpy as np
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "results")]
-import run_studies as studies  # noqa: E402
-from conftest import call  # noqa: E402
+import run_studies as studies
+from conftest import ROOT, Forked, call
 
 ENV = "hopper-medium-tiny"
 CRITIC = "--device cpu --critic-width 8 --total-steps 5"
@@ -44,21 +42,10 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def main(monkeypatch, capfd, tmp_path):
+def main(monkeypatch, tmp_path):
     """run_studies.py's main() in an empty folder: exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*argv):
-        monkeypatch.setattr(sys, "argv", ["run_studies.py", *map(str, argv)])
-        capfd.readouterr()
-        try:
-            studies.main()
-            code = 0
-        except SystemExit as exit:
-            code = exit.code
-        return code, *capfd.readouterr()
-
-    return run
+    return lambda *argv: call(studies, *argv)
 
 
 def make_args(folder, **values) -> studies.Args:
@@ -319,7 +306,7 @@ def test_workers_share_cores_and_cuda_devices(tmp_path, monkeypatch):
     assert {share["OMP_NUM_THREADS"] for share in studies.shares(3)} == {"2"}
     assert {share["OMP_NUM_THREADS"] for share in studies.shares(20)} == {"1"}
     ask = "print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['OMP_NUM_THREADS'], os.getsid(0) == os.getpid())"
-    runs = [make_run(tmp_path, f"ask_{i}", ask + "; time.sleep(1)") for i in range(2)]
+    runs = [make_run(tmp_path, f"ask_{i}", ask) for i in range(2)]
     assert [record["threads"] for record in studies.perform_all(runs, workers=2).values()] == ["3", "3"]
     assert sorted(run.log.read_text() for run in runs) == ["5 3 True\n", "7 3 True\n"]  # in sessions of their own
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -329,7 +316,7 @@ def test_workers_share_cores_and_cuda_devices(tmp_path, monkeypatch):
 
 def test_a_shared_folder_has_one_process_at_a_time(tmp_path):
     """As stage 1's, which several variants of a seed name."""
-    source = "open(folder + '/alone', 'x').close(); time.sleep(0.5); os.remove(folder + '/alone')"
+    source = "open(folder + '/alone', 'x').close(); time.sleep(0.3); os.remove(folder + '/alone')"
     runs = [make_run(tmp_path, name, source, run_folder=tmp_path / "shared") for name in ("one", "two", "three")]
     assert len(studies.perform_all(runs, workers=3)) == 3
 
@@ -429,7 +416,13 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
 # ---- a whole study
 
 
-def test_a_study_from_data_to_table(data, main, tmp_path, monkeypatch):
+@pytest.fixture
+def forked(monkeypatch):
+    """Scripts start at once; the slow tests, and those of runs that fail, start Python itself."""
+    monkeypatch.setattr(studies, "subprocess", SimpleNamespace(DEVNULL=subprocess.DEVNULL, Popen=Forked))
+
+
+def test_a_study_from_data_to_table(data, main, forked, monkeypatch):
     """Q-Align DT as it is, and a DT whose folder holds something else, which fails."""
     monkeypatch.setitem(studies.STUDIES, "components", studies.STUDIES["components"][:2])
     name, bad = f"{ENV}__train_qalign_dt__1", f"{ENV}__dt__1"
@@ -556,7 +549,7 @@ def test_table_1_as_commands_without_network_or_data(main, tmp_path, monkeypatch
     assert run.stages["critic"][1][1:] == shlex.split(critics[-1])[2:]  # one stage 1 for all that name it
 
 
-def test_the_lines_one_after_the_other_make_the_records(data, main, tmp_path, monkeypatch):
+def test_the_lines_one_after_the_other_make_the_records(data, main, forked, tmp_path, monkeypatch):
     """By --list, whose last line is a run, and by --workers: the same records; then the study writes its table."""
     monkeypatch.setitem(studies.STUDIES, "table1", studies.STUDIES["table1"][:1])
     argv = f"table1 --env {ENV} --dataset-path {data} --seeds 1 --score-rollouts 2 --results-dir results".split()

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import task_of
+from conftest import task_of, tree
 from PIL import Image
 
 import train_qalign_dt
@@ -68,28 +67,14 @@ def trained(runs):
 
 
 @pytest.fixture
-def command(monkeypatch, capfd):
+def command(monkeypatch, run_main):
     """Run the script with a command line, in short episodes; returns exit code, stdout, stderr."""
     monkeypatch.setattr(transfer, "STEPS", STEPS)
     monkeypatch.setattr(transfer, "EXTENDED_STEPS", STEPS + 10)
-
-    def call(*argv):
-        monkeypatch.setattr(sys, "argv", ["transfer_cheetah_vel.py", *map(str, argv), "--device", "cpu"])
-        code = 0
-        try:
-            transfer.run(transfer.main)
-        except SystemExit as exit:
-            code = exit.code or 0
-        return code, *capfd.readouterr()
-
-    return call
+    return lambda *argv: run_main(transfer, *argv, "--device", "cpu")
 
 
 QUICK = "--precision fp32 --rollouts 2 --calibration-rollouts 1 --budgets 2".split()
-
-
-def files(folder):
-    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_tasks_are_the_benchmarks():
@@ -324,12 +309,12 @@ def test_velocities_and_steps(flags, stem, steps, velocities, runs, command):
     ],
 )
 def test_bad_input_is_one_message_and_writes_nothing(flags, message, runs, command):
-    names, before = {"HOPPER": runs.hopper, "RUNS": runs.folder}, files(runs.folder)
+    names, before = {"HOPPER": runs.hopper, "RUNS": runs.folder}, tree(runs.folder)
     where = [] if "--checkpoint" in flags else ["--checkpoint", runs.dt]
     code, out, err = command(*where, *(names.get(x, x) for x in flags))
     assert code == 2 and out == "" and message in " ".join(err.replace("│", "").split())
     assert err.startswith("error: ") and len(err.splitlines()) == 1 or err.startswith("╭")  # tyro's box
-    assert files(runs.folder) == before
+    assert tree(runs.folder) == before
 
 
 def test_default_is_the_embedded_dataset(tmp_path, command):
@@ -395,10 +380,10 @@ def test_video_without_opengl_is_one_line_and_writes_nothing(runs, command, monk
         raise mujoco.FatalError("an OpenGL platform library has not been loaded into this process")
 
     monkeypatch.setattr(mujoco, "Renderer", no_opengl)
-    before = files(runs.folder)
+    before = tree(runs.folder)
     code, out, err = command("--checkpoint", runs.dt, "--video", 1.0)
     assert code == 2 and out == "" and len(err.splitlines()) == 1
-    assert err.startswith("error: --video: MuJoCo finds no OpenGL here") and files(runs.folder) == before
+    assert err.startswith("error: --video: MuJoCo finds no OpenGL here") and tree(runs.folder) == before
 
 
 def test_the_whole_path_on_a_cut_of_halfcheetah_mini(command, run_main, tmp_path):
