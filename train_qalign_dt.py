@@ -78,9 +78,11 @@ class Args:
     critic_width: Int = None  # hidden width of the critic, that of --critic (default: 256; mini: 128)
     actor_lr: Float = None  # Adam learning rate of the policy, with L2 1e-4 (default: 3e-4; mini: 1e-3)
 
-    lambda_e: Float = None  # weight of the alignment loss, Eq. 6; 0: no critic (default: Table D.8; own data: 0.1)
-    sigma_e: Float = None  # std of Eq. 5's delta, in normalised RTG (default: Table D.8; own data: 1)
-    delta_rtg: Float = None  # by which Eq. 7's targets raise the RTG, normalised (default: Table D.8; own data: 0.5)
+    lambda_e: Float = None  # weight of the alignment loss, Eq. 6; 0: no critic (default: Table D.8; own data: 0.3)
+    # std of Eq. 5's delta, in normalised RTG (default: Table D.8; own data: 3 times the range of its RTGs)
+    sigma_e: Float = None
+    # by which Eq. 7's targets raise the RTG, normalised (default: Table D.8; own data: a third of that range)
+    delta_rtg: Float = None
     # bounds of a shifted window's first RTG, normalised (default: the release's for D4RL data, else the data's own)
     rtg_range: Annotated[tuple[float, float] | None, BY_DATA] = None
     # ours: Eq. 5 pushes the actions at most this multiple of imitation's pull (default: 0, no limit; own data: 0.3)
@@ -90,7 +92,7 @@ class Args:
     dropout: Float = None  # dropout rate of the policy in training (default: 0.1; own data: 0)
     # ours: rate of a moving average of the weights to keep; actor_lr stays constant (default: 0, none; own data: 0.002)
     average: Float = None
-    eval_context_len: Int = None  # ours: rollouts act on this many last steps; 0: on all K (default: 0; own data: 5)
+    eval_context_len: Int = None  # ours: rollouts act on this many last steps; 0: on all K (default: 0; own data: 2)
     alignment: Literal["one-sided", "symmetric", "squared"] = "one-sided"  # penalty: Eq. 5, or a variant of Table E.11
     conv: bool = True  # causal convolution after W_q, W_k, W_v (App. D.1)
     state_loss: bool = True  # reconstruct states too; a Decision Transformer: --lambda-e 0 --no-conv --no-state-loss
@@ -135,9 +137,10 @@ TABLE_D8 = {  # sigma_e, lambda_e, delta_rtg
 }
 SAME_QUALITY = {"expert": "medium-expert", "random": "medium"}
 D4RL_DATA = dict(max_push=0.0, action_noise=0.0, dropout=0.1, average=0.0, eval_context_len=0)  # nothing of ours
-# For all other data than D4RL's -v2 sets and AntMaze: one set of numbers (results/pages/robust_alignment.md).
-OTHER_DATA = dict(sigma_e=1.0, lambda_e=0.1, delta_rtg=0.5, max_push=0.3, action_noise=0.3)
-OTHER_DATA |= dict(dropout=0.0, average=0.002, eval_context_len=5)
+# For all other data than D4RL's -v2 sets and AntMaze: one set of numbers (results/pages/robust_alignment.md), of which
+# sigma_e and delta_rtg are multiples of the range of the data's returns-to-go: as large as in Table D.8.
+OTHER_DATA = dict(sigma_e=3.0, lambda_e=0.3, delta_rtg=1 / 3, max_push=0.3, action_noise=0.3)
+OTHER_DATA |= dict(dropout=0.0, average=0.002, eval_context_len=2)
 PAPER = dict(total_steps=100_000, embed_dim=256, n_layer=4, n_head=4, context_len=20)
 PAPER |= dict(batch_size=256, critic_width=256, actor_lr=3e-4)
 SMALL = dict(total_steps=5_000, embed_dim=64, n_layer=2, n_head=2, context_len=10)  # small data, minutes on a CPU
@@ -149,7 +152,8 @@ MAX_TIMESTEP = 1000
 
 def resolve(args: Args, data: "Dataset", device: torch.device) -> Config:
     """Fill in the defaults that depend on the task, the data and the hardware."""
-    task, loss = data.task, OTHER_DATA
+    task, (low, high) = data.task, data.task.rtg_range
+    loss = OTHER_DATA | {name: OTHER_DATA[name] * (high - low) for name in ("sigma_e", "delta_rtg")}
     if task.tag == "v2" or task.body == "antmaze":
         quality = "all" if task.body == "antmaze" else SAME_QUALITY.get(task.quality, task.quality)
         row = TABLE_D8["halfcheetah" if task.body == "ant" else task.body][quality]

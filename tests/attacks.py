@@ -150,7 +150,7 @@ def verdict(code: int | None, kind: str, script: str, argv, here: Path, before: 
     errors = text.count("\nerror:")
     if code is None:
         return "runs for too long"
-    box = code == 2 and "\u256d" in err and not errors  # tyro's
+    box = code == 2 and "For full helptext" in err and not errors  # tyro's
     if "Traceback" in text or code not in (0, 1, 2, 130) or not (box or errors == (code > 0)):
         return f"exit code {code}, {errors} lines of error: {err[-600:].strip()}"
     if odd := {c for c in text if unicodedata.category(c) in ("Cc", "Cs") and c != "\n"} - set("".join(argv)):

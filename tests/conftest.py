@@ -16,6 +16,7 @@ from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny sizes: threads would only wait for each other
 
+import gymnasium
 import h5py
 import numpy as np
 import pytest
@@ -125,6 +126,8 @@ class Forked:
         for name, module in list(sys.modules.items()):
             if os.path.dirname(getattr(module, "__file__", None) or "") in FOLDERS:
                 del sys.modules[name]
+        for name in [name for name, spec in gymnasium.registry.items() if "qalign_mazes" in f"{spec.entry_point}"]:
+            del gymnasium.registry[name]
         sys.path[:] = [str(Path(argv[0]).parent), *(x for x in sys.path if x not in FOLDERS)]
         os.chdir(cwd)
         os.environ.update(env or {})

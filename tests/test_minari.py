@@ -148,7 +148,7 @@ def test_metadata_of_an_older_minari_and_other_formats_get_the_line_that_helps(f
         (dict(id="qalign_mazes:os:system"), "os:system"),
         (dict(id="Hopper-v2"), "not one of Gymnasium's"),
         (dict(id="CartPole-v1"), "CartPole-v1"),
-        (dict(id="Hand-v9"), "needs gymnasium_robotics"),
+        (dict(id="Hand-v9"), "gymnasium_robotics"),
         (dict(id=["Hopper-v5"]), "not plain"),
         (dict(id="a\n\x1b[31mb"), r"a\n\x1b[31mb"),
         (dict(kwargs=[1]), "not plain"),

@@ -148,7 +148,7 @@ def test_context_is_what_the_policies_act_on(pipeline, run_main, tmp_path, monke
     """By the actions, to rounding: two cuts of a window may differ in it, and no rollout forgets such a difference."""
     own, seen, real = tmp_path / "policy.pt", [], stage3.Policy.act
     content = load(pipeline.policy)
-    K = content["config"]["context_len"]
+    K, content["config"]["eval_context_len"] = content["config"]["context_len"], 0
     for name, weight in content["policy"].items():  # a policy that reacts to its context
         weight.copy_(0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))))
     torch.save(content, own)
@@ -357,7 +357,8 @@ def test_three_steps_of_main_are_algorithm_1(average, run_main, hopper_file, tmp
 
 def test_table_d8_and_the_papers_sizes_are_the_defaults():
     def task(env):
-        return replace(task_of("hopper-mixed-own"), name=env, tag="minari") if "/" in env else task_of(env)
+        one = replace(task_of("hopper-mixed-own"), name=env, tag="minari") if "/" in env else task_of(env)
+        return replace(one, rtg_range=(-0.5, 2.5))
 
     def config(env, **flags):
         data = SimpleNamespace(task=task(env), lengths=np.array([5]))
@@ -397,8 +398,8 @@ def test_table_d8_and_the_papers_sizes_are_the_defaults():
         "walker2d-medium-own",
         "mujoco/hopper/medium-v0",
     ):
-        # one set of numbers for all data that are not D4RL's
-        assert row(name) == (1.0, 0.1, 0.5, 0.3, 0.3, 0.0, 0.002, 5), name
+        # one set of numbers for all data that are not D4RL's; the first and the third in units of the RTGs' range, 3
+        assert row(name) == (9, 0.3, 1, 0.3, 0.3, 0.0, 0.002, 2), name
     assert config("hopper-mini").embed_dim == 64 and config("hopper-medium-own").embed_dim == 256
     assert config("hopper-medium-v2", delta_rtg=0.0).delta_rtg == 0  # given, though it is false
     iql, sarsa = (stage1.resolve(stage1.Args(env=e), task_of(e), CPU) for e in ("antmaze-umaze-v2", "ant-medium-v2"))
@@ -752,7 +753,7 @@ def test_a_finished_run_says_so_and_changes_nothing(pipeline, run_main, hopper_f
 @pytest.mark.parametrize(
     "change, named",
     [
-        (["--sigma-e", 3], "sigma_e 1.0 there, 3.0 here"),
+        (["--lambda-e", 3], "lambda_e 0.3 there, 3.0 here"),
         (["--total-steps", 31], "total_steps"),
         (["--no-conv"], "conv"),
         (["--no-state-loss", "--lambda-e", 0], "state_loss"),

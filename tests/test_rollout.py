@@ -223,7 +223,7 @@ def test_eval_context_len_reaches_stage_2s_and_stage_3s_policy(trained, hopper_f
         assert make(TASK, config, False).recent == 0
         assert make(TASK, config | {"eval_context_len": 3}, False).recent == 3
     data, args = data_of(TASK.name, hopper_file), dict(critic_width=8, embed_dim=16, n_head=2, n_layer=1)
-    for given, expected in ((None, 5), (0, 0), (2, 2)):
+    for given, expected in ((None, 2), (0, 0), (3, 3)):
         given = stage2.Args(env=TASK.name, eval_context_len=given, **args)
         settings = stage2.resolve(given, data, torch.device("cpu"))
         learner = stage2.CoTraining(data.task, stage2.Windows(data, 4, torch.device("cpu")), settings)
