@@ -4,7 +4,10 @@ Numbers of steps are as printed, to their last digit: MuJoCo 4.0.0 and D4RL's 2.
 walls, and processors by no more.
 """
 
+from pathlib import Path
+
 import collect_maze2d
+import draw_maze2d as pictures
 import gymnasium
 import h5py
 import mujoco
@@ -14,6 +17,8 @@ from collect_maze2d import Driver, collect, shortest_path
 from conftest import call, tree
 from gymnasium.utils.env_checker import check_env
 from qalign_mazes import ANT_MAPS, BALL_MAPS, MAZE2D, cells, in_maze
+
+import train_qalign_dt as stage2
 
 NAMES = [*MAZE2D, *(f"AntMaze-{size}-v0" for size in ANT_MAPS)]
 
@@ -350,3 +355,27 @@ def test_the_default_sizes_are_d4rls(monkeypatch, tmp_path):
     millions = {"open": 1, "umaze": 1, "medium": 2, "large": 4}
     assert set(millions) == set(BALL_MAPS)
     assert asked == [(name, millions[row["maze"]] * 10**6, 0) for name, row in MAZE2D.items()]
+
+
+# ---- pictures ----
+
+
+def test_paths_of_policies_are_drawn_in_their_maze(pipeline, tmp_path, monkeypatch):
+    """Two policies, two targets: a panel's episodes have its returns, start as in the other panels, cross no wall."""
+    monkeypatch.chdir(tmp_path)
+    assert call(collect_maze2d, "maze2d-umaze-v1", "--transitions", 2000, "--out", "x.hdf5")[0] == 0
+    flags = "--env maze2d-mini --dataset-path x.hdf5 --lambda-e 0 --total-steps 1 --eval-every 0 --device cpu".split()
+    assert call(stage2, *flags)[0] == 0
+    policy, drawn, real = "runs/maze2d-mini__train_qalign_dt__1/policy.pt", [], pictures.draw
+    monkeypatch.setattr(pictures, "EPISODES", 3)
+    monkeypatch.setattr(pictures, "draw", lambda *x: drawn.append(x) or real(*x))
+    code, out, err = call(pictures, policy, policy, "--targets", 20, 300, "--out", "y.png")
+    assert (code, out) == (0, "y.png\n") and Path("y.png").read_bytes()[:4] == b"\x89PNG"
+    assert [own for *_, own in drawn] == [slice(0, 3), slice(3, 6)] * 2
+    for _, maze, result, own in drawn:
+        paths = result.qpos[own]
+        assert paths.shape == (3, 300, 2) and in_maze("umaze", paths.reshape(-1, 2)).all()
+        assert np.abs(paths[:, 0] - drawn[0][2].qpos[drawn[0][3]][:, 0]).max() < 0.2  # after one step
+        assert np.allclose(maze.reward(paths).sum(axis=1), result.returns[own])
+    code, out, err = call(pictures, pipeline.policy)
+    assert (code, out) == (2, "") and err == "error: these are not policies of one maze2d-... environment\n"
