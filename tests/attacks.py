@@ -50,7 +50,7 @@ RUN = {  # the flags with which each script ends soon
     "data/collect_dataset.py": "--format minari",
     "data/collect_maze2d.py": "maze2d-umaze-v1 --transitions 50 --out out.hdf5",
     "data/mix_returns.py": "hopper.hdf5 --out out.hdf5",
-    "results/run_studies.py": f"components --results-dir results --runs-dir runs {DATA}",
+    "results/run_studies.py": f"components --workers 0 --results-dir results --runs-dir runs {DATA}",
     "results/diagnose_alignment.py": f"{POLICY} --windows 10 --dataset-path hopper.hdf5",
     "baselines/train_radt.py": f"{SMALL} --warmup-steps 2",
     "baselines/train_vdt.py": f"{SMALL} --value-steps 5 --model-steps 5 --critic-width 16",
