@@ -156,7 +156,8 @@ def verdict(code: int | None, kind: str, script: str, argv, here: Path, before: 
     if odd := {c for c in text if unicodedata.category(c) in ("Cc", "Cs") and c != "\n"} - set("".join(argv)):
         return f"prints {odd}: {text[-400:]!r}"
     for name in {*now, *before}:
-        own = name.startswith("runs/") and any(x in name for x in (f"__{Path(script).stem}__", "__data/", "__new__"))
+        mine = (f"__{Path(script).stem}__", "__data/", "__new__", *["__pretrain_q__"] * (kind == "kills"))
+        own = name.startswith("runs/") and any(x in name for x in mine)
         free = own and (code == 0 or not name.endswith(".pt")) or name.endswith((".lock", ".tmp"))
         if not free and now.get(name) != before.get(name) and (name in before or kind != "flags" and code > 0):
             return f"exit code {code}, and {name} has changed"
