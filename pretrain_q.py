@@ -59,12 +59,14 @@ class Args:
 
     # how the critic is trained (default: iql for AntMaze, sarsa for everything else)
     method: Annotated[Literal["sarsa", "iql"] | None, BY_DATA] = None
-    total_steps: Int = None  # gradient steps (default: 2,000,000; mini: 10,000)
+    # sizes and steps: the paper's, or small ones that take minutes on a CPU (default: paper; mini: small)
+    preset: Annotated[Literal["paper", "small"] | None, BY_DATA] = None
+    total_steps: Int = None  # gradient steps (default: 2,000,000; small: 10,000)
     # steps that first regress on discounted returns (default: 0; 9/10 of a SARSA run too short for Q to converge)
     warm_start_steps: Int = None
     batch_size: int = 512  # transitions per gradient step
-    critic_width: Int = None  # hidden width of the critic (default: 256; mini: 128)
-    lr: Float = None  # Adam learning rate (default: 1e-4; mini: 3e-4)
+    critic_width: Int = None  # hidden width of the critic (default: 256; small: 128)
+    lr: Float = None  # Adam learning rate (default: 1e-4; small: 3e-4)
     gamma: float = 0.99  # discount of Q (App. D.2), which stage 2 takes from the critic
 
     def __post_init__(self):
@@ -82,7 +84,8 @@ EXPECTILE, TAU, TARGET_EVERY, LOG_EVERY = 0.8, 0.005, 2, 1000
 
 def resolve(args: Args, task: "Task", device: torch.device) -> Args:
     """Fill in the defaults that depend on the task."""
-    defaults = (SMALL if task.quality == "mini" else PAPER) | {"method": "iql" if task.body == "antmaze" else "sarsa"}
+    preset = args.preset or ("small" if task.quality == "mini" else "paper")
+    defaults = (SMALL if preset == "small" else PAPER) | {"method": "iql" if task.body == "antmaze" else "sarsa"}
     args = replace(args, device=device.type, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
     if args.warm_start_steps is None:
         # Q' climbs to its level with time constant 1 / (tau per step (1 - gamma)): 40,000 steps. A SARSA run shorter
@@ -361,7 +364,7 @@ def rank_correlation(x, y) -> float | None:
 
 
 STAGE = "pretrain_q"
-NOT_OF_THE_RUN = ("dataset_path", "runs_dir", "track", "checkpoint_minutes")
+NOT_OF_THE_RUN = ("dataset_path", "runs_dir", "preset", "track", "checkpoint_minutes")
 
 
 def main() -> None:

@@ -69,14 +69,16 @@ class Args:
     track: bool = False  # log to Weights & Biases, too: pip install wandb
     checkpoint_minutes: float = 2.0  # wall-clock time between resume.pt files; no result on a CPU depends on it
 
-    total_steps: Int = None  # gradient steps, over which learning rates decay to 0 (default: 100,000; mini: 5,000)
-    embed_dim: Int = None  # width of the transformer (default: 256; mini: 64)
-    n_layer: Int = None  # number of transformer blocks (default: 4; mini: 2)
-    n_head: Int = None  # attention heads per block (default: 4; mini: 2)
-    context_len: Int = None  # K, the window length in environment steps of three tokens (default: 20; mini: 10)
-    batch_size: Int = None  # windows per gradient step (default: 256; mini: 64)
-    critic_width: Int = None  # hidden width of the critic, that of --critic (default: 256; mini: 128)
-    actor_lr: Float = None  # Adam learning rate of the policy, with L2 1e-4 (default: 3e-4; mini: 1e-3)
+    # sizes and steps: the paper's, or small ones that take minutes on a CPU (default: paper; mini: small)
+    preset: Annotated[Literal["paper", "small"] | None, BY_DATA] = None
+    total_steps: Int = None  # gradient steps, over which learning rates decay to 0 (default: 100,000; small: 5,000)
+    embed_dim: Int = None  # width of the transformer (default: 256; small: 64)
+    n_layer: Int = None  # number of transformer blocks (default: 4; small: 2)
+    n_head: Int = None  # attention heads per block (default: 4; small: 2)
+    context_len: Int = None  # K, the window length in environment steps of three tokens (default: 20; small: 10)
+    batch_size: Int = None  # windows per gradient step (default: 256; small: 64)
+    critic_width: Int = None  # hidden width of the critic, that of --critic (default: 256; small: 128)
+    actor_lr: Float = None  # Adam learning rate of the policy, with L2 1e-4 (default: 3e-4; small: 1e-3)
 
     lambda_e: Float = None  # weight of the alignment loss, Eq. 6; 0: no critic (default: Table D.8; own data: 0.3)
     # std of Eq. 5's delta, in normalised RTG (default: Table D.8; own data: 3 times the range of its RTGs)
@@ -150,6 +152,11 @@ LOG_EVERY = 100  # gradient steps per row of metrics.csv
 MAX_TIMESTEP = 1000
 
 
+def preset(args, task: "Task") -> str:
+    """`paper` or `small`: --preset, else what suits the data."""
+    return args.preset or ("small" if task.quality == "mini" else "paper")
+
+
 def resolve(args: Args, data: "Dataset", device: torch.device) -> Config:
     """Fill in the defaults that depend on the task, the data and the hardware."""
     task, (low, high) = data.task, data.task.rtg_range
@@ -158,7 +165,7 @@ def resolve(args: Args, data: "Dataset", device: torch.device) -> Config:
         quality = "all" if task.body == "antmaze" else SAME_QUALITY.get(task.quality, task.quality)
         row = TABLE_D8["halfcheetah" if task.body == "ant" else task.body][quality]
         loss = D4RL_DATA | dict(zip(("sigma_e", "lambda_e", "delta_rtg"), row))
-    defaults = loss | (SMALL if task.quality == "mini" else PAPER) | dict(rtg_range=task.rtg_range)
+    defaults = loss | (SMALL if preset(args, task) == "small" else PAPER) | dict(rtg_range=task.rtg_range)
     given = {name: value for name, value in vars(args).items() if value is not None}
     values = vars(args) | defaults | given  # later ones win
     values["device"] = device.type  # the random streams of CPU and CUDA differ, so a run stays on one kind
@@ -675,7 +682,7 @@ def evaluate(policy: Policy, data: Dataset, config: Config) -> list[float]:
 
 
 STAGE = "train_qalign_dt"
-NOT_OF_THE_RUN = ("dataset_path", "runs_dir", "critic", "track", "checkpoint_minutes", "precision")  # of Config
+NOT_OF_THE_RUN = ("dataset_path", "runs_dir", "critic", "preset", "track", "checkpoint_minutes", "precision")
 
 
 def main() -> None:
@@ -767,7 +774,7 @@ def pretrained(args: Args, config: Config, data: Dataset) -> tuple[dict, float, 
     if not args.critic and not os.path.lexists(path) and script.is_file():
         print(f"{path} is missing: starting pretrain_q.py", flush=True)
         command = [sys.executable, script, "--env", args.env, "--seed", args.seed, "--runs-dir", args.runs_dir]
-        command += ["--device", args.device, "--critic-width", config.critic_width]
+        command += ["--device", args.device, "--preset", preset(args, task), "--critic-width", config.critic_width]
         command += ["--dataset-path", *args.dataset_path] if args.dataset_path else []
         command += ["--track"] * args.track
         if code := subprocess.run([str(part) for part in command]).returncode:

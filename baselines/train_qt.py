@@ -44,6 +44,7 @@ from train_qalign_dt import (
     make_policy,
     masked_mean,
     pick_device,
+    preset,
     pretrained,
     run,
     supervised_loss,
@@ -60,16 +61,16 @@ class Args(RunArgs):
     # weights, as the release
     critic: str = ""
 
-    # gradient steps; both learning rates fall to 0 over them (default: 100,000; <body>-mini: 5,000)
+    # gradient steps; both learning rates fall to 0 over them (default: 100,000; small: 5,000)
     total_steps: int | None = None
-    embed_dim: int | None = None  # width of the transformer (default: 256; <body>-mini: 64)
-    n_layer: int | None = None  # number of transformer blocks (default: 4; <body>-mini: 2)
-    n_head: int | None = None  # attention heads per block (default: 4; <body>-mini: 2)
-    # K, the window length in steps (default: 20; halfcheetah-medium and -medium-replay: 5; <body>-mini: 10)
+    embed_dim: int | None = None  # width of the transformer (default: 256; small: 64)
+    n_layer: int | None = None  # number of transformer blocks (default: 4; small: 2)
+    n_head: int | None = None  # attention heads per block (default: 4; small: 2)
+    # K, the window length in steps (default: 20; halfcheetah-medium and -medium-replay: 5; small: 10)
     context_len: int | None = None
-    batch_size: int | None = None  # windows per gradient step (default: 256; <body>-mini: 64)
-    critic_width: int | None = None  # hidden width of the critic, that of --critic (default: 256; <body>-mini: 128)
-    actor_lr: float | None = None  # Adam learning rate of the policy, with L2 1e-4 (default: 3e-4; <body>-mini: 1e-3)
+    batch_size: int | None = None  # windows per gradient step (default: 256; small: 64)
+    critic_width: int | None = None  # hidden width of the critic, that of --critic (default: 256; small: 128)
+    actor_lr: float | None = None  # Adam learning rate of the policy, with L2 1e-4 (default: 3e-4; small: 1e-3)
     # weight of the Q term; 0 leaves a DT (default: the release's; ours where it has no value: expert and random as
     # medium-expert, AntMaze's play as diverse, Ant and own data 1)
     eta: float | None = None
@@ -90,7 +91,7 @@ class Config(Args):
 
     bf16: bool = False
     conv: bool = False  # the shared policy without Q-Align DT's convolution
-    dropout: float = 0.1  # of the policy in training; <body>-mini: 0
+    dropout: float = 0.1  # of the policy in training; small: 0
     max_timestep: int = 1000  # entries of the timestep embedding
     max_grad_norm: float = 15.0  # of both networks
     best_return: float = 0.0  # of the data, raw
@@ -151,7 +152,7 @@ def release_settings(task) -> dict:
 
 def resolve(args: Args, task, data, device: torch.device) -> Config:
     """Fill in the defaults that depend on the task, the data and the hardware."""
-    defaults = (SMALL if task.quality == "mini" else PAPER) | release_settings(task)
+    defaults = (SMALL if preset(args, task) == "small" else PAPER) | release_settings(task)
     values = vars(args) | defaults | {name: value for name, value in vars(args).items() if value is not None}
     values["device"] = device.type  # the random streams of CPU and CUDA differ, so a run stays on one kind
     values["bf16"] = use_bf16(args.precision, device)

@@ -44,6 +44,7 @@ from train_qalign_dt import (
     load_own,
     masked_mean,
     pick_device,
+    preset,
     progress_bar,
     restore,
     run,
@@ -65,6 +66,8 @@ class RunArgs:
     runs_dir: str = "runs"  # folder of all runs
     exp_name: str = ""  # name of this experiment; the run folder is <runs-dir>/<env>__<exp-name>__<seed>
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to train; auto takes CUDA if there is one
+    # sizes and steps: the method's own, or small ones that take minutes on a CPU (default: paper; mini: small)
+    preset: Literal["paper", "small"] | None = None
     track: bool = False  # log to Weights & Biases, too: pip install wandb
     checkpoint_minutes: float = 2.0  # wall-clock time between resume.pt files
 
@@ -73,15 +76,15 @@ class RunArgs:
 class Args(RunArgs):
     exp_name: str = "train_radt"  # name of this experiment; the run folder is <runs-dir>/<env>__<exp-name>__<seed>
 
-    total_steps: int | None = None  # gradient steps (default: 100,000; <body>-mini: 5,000)
-    # width of the network (default: 128; 256 for halfcheetah-medium, ant-medium-expert, antmaze-umaze; <body>-mini: 64)
+    total_steps: int | None = None  # gradient steps (default: 100,000; small: 5,000)
+    # width of the network (default: 128; 256 for halfcheetah-medium, ant-medium-expert, antmaze-umaze; small: 64)
     embed_dim: int | None = None
-    n_layer: int | None = None  # number of blocks (default: 3; hopper-medium and <body>-mini: 2)
-    n_head: int | None = None  # attention heads per block (default: 1; <body>-mini: 2)
-    context_len: int | None = None  # K, the window length in environment steps (default: 20; <body>-mini: 10)
+    n_layer: int | None = None  # number of blocks (default: 3; hopper-medium and small: 2)
+    n_head: int | None = None  # attention heads per block (default: 1; small: 2)
+    context_len: int | None = None  # K, the window length in environment steps (default: 20; small: 10)
     batch_size: int | None = None  # windows per gradient step (default: 64; antmaze: 256)
-    lr: float | None = None  # AdamW learning rate after the warm-up (default: 1e-4; <body>-mini: 1e-3)
-    warmup_steps: int | None = None  # gradient steps in which it rises from 0 (default: 10,000; <body>-mini: 500)
+    lr: float | None = None  # AdamW learning rate after the warm-up (default: 1e-4; small: 1e-3)
+    warmup_steps: int | None = None  # gradient steps in which it rises from 0 (default: 10,000; small: 500)
 
     seqra: bool = True  # cross-attention to the returns
     stepra: bool = True  # return-dependent LayerNorms; without, they have weights of their own
@@ -123,7 +126,7 @@ LOG_EVERY = 100  # gradient steps per row of metrics.csv
 
 def resolve(args: Args, task, data, device: torch.device) -> Config:
     """Fill in the defaults that depend on the task, the data and the hardware."""
-    defaults = SMALL if task.quality == "mini" else PAPER | EXCEPTIONS.get(task.name, {})
+    defaults = SMALL if preset(args, task) == "small" else PAPER | EXCEPTIONS.get(task.name, {})
     if task.body == "antmaze":
         defaults = defaults | {"batch_size": 256}
     values = vars(args) | defaults | {name: value for name, value in vars(args).items() if value is not None}
@@ -322,7 +325,7 @@ def main() -> None:
 
 
 # of a configuration: they change no result
-NOT_OF_THE_RUN = ("dataset_path", "runs_dir", "track", "checkpoint_minutes", "precision")
+NOT_OF_THE_RUN = ("dataset_path", "runs_dir", "preset", "track", "checkpoint_minutes", "precision")
 
 
 @dataclass

@@ -50,6 +50,7 @@ from train_qalign_dt import (
     load_data,
     masked_mean,
     pick_device,
+    preset,
     pretrained,
     run,
     use_bf16,
@@ -61,7 +62,7 @@ class Args(QTArgs):
     """train_qt.py's, and what follows."""
 
     exp_name: str = "train_rvdt"  # name of this experiment; the run folder is <runs-dir>/<env>__<exp-name>__<seed>
-    # K, the window length in environment steps of three tokens (default: 20; <body>-mini: 10)
+    # K, the window length in environment steps of three tokens (default: 20; small: 10)
     context_len: int | None = None
     eta: float | None = None  # weight of the Q term; 0: none, as in RDT (default: train_qt.py's)
     # how the best trajectories count more: by the KL to the expert; by weight; by drawing them more often; not at all
@@ -86,7 +87,7 @@ class Config(Args):
 
     bf16: bool = False
     conv: bool = False  # the shared policy without Q-Align DT's convolution
-    dropout: float = 0.1  # of the policy in training; <body>-mini: 0
+    dropout: float = 0.1  # of the policy in training; small: 0
     max_timestep: int = 1000  # entries of the timestep embedding
     max_grad_norm: float = 15.0  # of both networks
     method: str = "RVDT"  # how tables and figures call it
@@ -103,7 +104,7 @@ EXPERT_BATCH, EXPERT_EVERY, EXPERT_PATIENCE = 256, 500, 4  # its held-out loss i
 def resolve(args: Args, task, data, device: torch.device) -> Config:
     """Fill in the defaults that depend on the task, the data and the hardware."""
     qt = {name: x for name, x in release_settings(task).items() if name != "context_len"}
-    defaults = (SMALL if task.quality == "mini" else PAPER) | qt
+    defaults = (SMALL if preset(args, task) == "small" else PAPER) | qt
     values = vars(args) | defaults | {name: value for name, value in vars(args).items() if value is not None}
     values["device"] = device.type  # the random streams of CPU and CUDA differ, so a run stays on one kind
     values["bf16"] = use_bf16(args.precision, device)

@@ -48,6 +48,7 @@ from train_qalign_dt import (
     make_policy,
     masked_mean,
     pick_device,
+    preset,
     run,
     use_bf16,
 )
@@ -59,26 +60,26 @@ class Args(RunArgs):
     # arithmetic of the transformer's blocks; auto: bf16 where the hardware has it. All else is always float32
     precision: Literal["auto", "bf16", "fp32"] = "auto"
 
-    total_steps: int | None = None  # gradient steps of the policy (default: 100,000; <body>-mini: 5,000)
-    embed_dim: int | None = None  # width of the transformer (default: 256; <body>-mini: 64)
-    n_layer: int | None = None  # number of transformer blocks (default: 6; <body>-mini: 2)
-    n_head: int | None = None  # attention heads per block (default: 4; <body>-mini: 2)
-    # K, the window length in environment steps of three tokens (default: 20; <body>-mini: 10)
+    total_steps: int | None = None  # gradient steps of the policy (default: 100,000; small: 5,000)
+    embed_dim: int | None = None  # width of the transformer (default: 256; small: 64)
+    n_layer: int | None = None  # number of transformer blocks (default: 6; small: 2)
+    n_head: int | None = None  # attention heads per block (default: 4; small: 2)
+    # K, the window length in environment steps of three tokens (default: 20; small: 10)
     context_len: int | None = None
-    batch_size: int | None = None  # windows per gradient step (default: 256; <body>-mini: 64)
-    actor_lr: float | None = None  # Adam learning rate of the policy, cosine to 0 (default: 3e-4; <body>-mini: 1e-3)
+    batch_size: int | None = None  # windows per gradient step (default: 256; small: 64)
+    actor_lr: float | None = None  # Adam learning rate of the policy, cosine to 0 (default: 3e-4; small: 1e-3)
 
-    value_steps: int | None = None  # gradient steps of Q and V (default: 1,000,000; <body>-mini: 10,000)
-    # so many of them take whole discounted returns as targets, as n = infinity does (default: 0; <body>-mini: 9,000)
+    value_steps: int | None = None  # gradient steps of Q and V (default: 1,000,000; small: 10,000)
+    # so many of them take whole discounted returns as targets, as n = infinity does (default: 0; small: 9,000)
     warm_start_steps: int | None = None
-    critic_width: int | None = None  # hidden width of Q and V (default: 256; <body>-mini: 128)
+    critic_width: int | None = None  # hidden width of Q and V (default: 256; small: 128)
     n_step: int = 5  # n of Q's targets
     expectile: float | None = None  # epsilon of V (default: 0.7; AntMaze: 0.9)
     gamma: float = 0.99  # discount of Q and V
-    # of the weights exp(eta * advantage); 0: none, as in Table 3 (default: 3, IQL's; <body>-mini: 0.3)
+    # of the weights exp(eta * advantage); 0: none, as in Table 3 (default: 3, IQL's; small: 0.3)
     eta: float | None = None
     q_weight: float = 1.0  # lambda, the weight of the Q term; 0: none (Table 3)
-    # gradient steps of the environment model, which only `--inference plan` uses (default: 50,000; <body>-mini: 5,000)
+    # gradient steps of the environment model, which only `--inference plan` uses (default: 50,000; small: 5,000)
     model_steps: int | None = None
     plan_steps: int = 5  # E, the number of Q terms that the planner sums; 1 is greedy
 
@@ -98,7 +99,7 @@ class Config(Args):
 
     bf16: bool = False
     conv: bool = False  # the shared policy without Q-Align DT's convolution
-    dropout: float = 0.1  # of the policy in training; <body>-mini: 0
+    dropout: float = 0.1  # of the policy in training; small: 0
     max_timestep: int = 1000  # entries of the timestep embedding
     reward_scale: float = 1.0  # of the rewards that Q and V see: only so does eta mean the same for every task
     best_return: float = 0.0  # of the data, raw: the planner's candidates are multiples of it
@@ -116,7 +117,8 @@ HELD_OUT = 10  # every tenth episode only tests the model
 
 def resolve(args: Args, task, data, device: torch.device) -> Config:
     """Fill in the defaults that depend on the task, the data and the hardware."""
-    defaults = (SMALL if task.quality == "mini" else PAPER) | {"expectile": 0.9 if task.body == "antmaze" else 0.7}
+    expectile = {"expectile": 0.9 if task.body == "antmaze" else 0.7}
+    defaults = (SMALL if preset(args, task) == "small" else PAPER) | expectile
     values = vars(args) | defaults | {name: value for name, value in vars(args).items() if value is not None}
     values["warm_start_steps"] = min(values["warm_start_steps"], values["value_steps"])
     values["device"] = device.type  # the random streams of CPU and CUDA differ, so a run stays on one kind

@@ -48,6 +48,7 @@ from train_qalign_dt import (
     make_policy,  # noqa: F401, by this name stages 3 and 4 ask for a baseline's policy
     one_line,
     pick_device,
+    preset,
     progress_bar,
     restore,
     run,
@@ -62,7 +63,7 @@ class Args(RunArgs):
     # policy.pt of train_vdt.py, or of a DT of train_qalign_dt.py (default: train_vdt.py's of this env and seed)
     checkpoint: str = ""
 
-    env_steps: int | None = None  # environment steps to collect, in whole episodes (default: 200,000; mini: 20,000)
+    env_steps: int | None = None  # environment steps to collect, in whole episodes (default: 200,000; small: 20,000)
     capacity: int = 1000  # trajectories in the buffer
     updates: int = 300  # gradient steps of Q and V, and of the policy, after each episode
     request: float = 1.2  # return to ask for, as a multiple of the best offline return (1.2 of -100 means -80)
@@ -204,7 +205,7 @@ def main() -> None:
     offline = load_data(args)
     task = offline.task
     config = tuned_config(path, content, args, offline)
-    env_steps = args.env_steps or (20_000 if task.quality == "mini" else 200_000)
+    env_steps = args.env_steps or (20_000 if preset(args, task) == "small" else 200_000)
     identity = {name: value for name, value in vars(args).items() if name not in NOT_OF_THE_RUN}
     weights = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in content["policy"].values())).hexdigest()[:16]
     identity |= {"env_steps": env_steps, "device": device.type, "data": task.digest, "tuned": weights}
@@ -267,7 +268,7 @@ def main() -> None:
     print(f"{folder}/policy.pt")
 
 
-NOT_OF_THE_RUN = ("checkpoint", "dataset_path", "runs_dir", "track", "checkpoint_minutes")  # of Args
+NOT_OF_THE_RUN = ("checkpoint", "dataset_path", "runs_dir", "preset", "track", "checkpoint_minutes")  # of Args
 
 
 @dataclass

@@ -401,10 +401,15 @@ def test_table_d8_and_the_papers_sizes_are_the_defaults():
         # one set of numbers for all data that are not D4RL's; the first and the third in units of the RTGs' range, 3
         assert row(name) == (9, 0.3, 1, 0.3, 0.3, 0.0, 0.002, 2), name
     assert config("hopper-mini").embed_dim == 64 and config("hopper-medium-own").embed_dim == 256
+    small = config("hopper-medium-v2", preset="small", n_layer=3)
+    assert vars(small) | dict(preset=None, n_layer=4) == vars(paper) | stage2.SMALL | dict(n_layer=4, eval_every=500)
+    assert config("hopper-mini", preset="paper").embed_dim == 256
     assert config("hopper-medium-v2", delta_rtg=0.0).delta_rtg == 0  # given, though it is false
     iql, sarsa = (stage1.resolve(stage1.Args(env=e), task_of(e), CPU) for e in ("antmaze-umaze-v2", "ant-medium-v2"))
     assert (iql.method, sarsa.method) == ("iql", "sarsa") and (sarsa.lr, sarsa.gamma) == (1e-4, 0.99)
     assert (sarsa.total_steps, sarsa.critic_width, sarsa.warm_start_steps, stage1.EXPECTILE) == (2_000_000, 256, 0, 0.8)
+    sarsa = stage1.resolve(stage1.Args(preset="small"), task_of("ant-medium-v2"), CPU)
+    assert (sarsa.total_steps, sarsa.critic_width, sarsa.warm_start_steps, sarsa.lr) == (10_000, 128, 9_000, 3e-4)
 
 
 def test_rtg_range_is_the_datas_own_unless_the_data_is_d4rls(pipeline, tmp_path, hopper_file, monkeypatch):

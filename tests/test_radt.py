@@ -239,16 +239,17 @@ def test_it_learns_to_follow_the_return(variant):
 
 
 def test_paper_and_small_presets(hopper_file):
-    def sizes(env):
+    def sizes(env, **flags):
         task = task_of(env)
         data = SimpleNamespace(lengths=np.array([20]))
-        config = vars(radt.resolve(radt.Args(env=env), task, data, CPU))
+        config = vars(radt.resolve(radt.Args(env=env, **flags), task, data, CPU))
         return [config[name] for name in radt.PAPER]
 
     assert sizes("walker2d-medium-v2") == [100_000, 128, 3, 1, 20, 64, 1e-4, 10_000]
     assert sizes("hopper-medium-v2") == [100_000, 128, 2, 1, 20, 64, 1e-4, 10_000]
     assert sizes("halfcheetah-medium-v2")[1:3] == [256, 3] and sizes("antmaze-umaze-v2")[5] == 256
     assert sizes("hopper-mini") == sizes("walker2d-mini") == [5_000, 64, 2, 2, 10, 64, 1e-3, 500]
+    assert sizes("halfcheetah-medium-v2", preset="small") == sizes("hopper-mini")
 
 
 @pytest.mark.parametrize(

@@ -348,9 +348,10 @@ def test_bad_input_is_one_line(run_main, hopper_file, tmp_path):
 def test_paper_and_small_presets():
     data = SimpleNamespace(lengths=np.array([20]), returns=np.array([0.0, 100.0]))
 
-    def sizes(env):
-        config = vars(vdt.resolve(vdt.Args(env=env), task_of(env), data, CPU))
+    def sizes(env, **flags):
+        config = vars(vdt.resolve(vdt.Args(env=env, **flags), task_of(env), data, CPU))
         return [config[name] for name in vdt.PAPER]
 
     assert sizes("hopper-medium-v2") == [100_000, 256, 6, 4, 20, 256, 3e-4, 1_000_000, 0, 256, 50_000, 0.1, 3.0]
+    assert sizes("hopper-mini", preset="paper") == sizes("hopper-medium-v2")
     assert sizes("walker2d-mini") == [5_000, 64, 2, 2, 10, 64, 1e-3, 10_000, 9_000, 128, 5_000, 0.0, 0.3]
