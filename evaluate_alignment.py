@@ -120,10 +120,6 @@ class Task:
         """D4RL score: 0 for a random policy's return, 100 for an expert's."""
         return 100 * (returns - self.ref_min) / (self.ref_max - self.ref_min)
 
-    @property
-    def score_name(self) -> str:
-        return "return" if (self.ref_min, self.ref_max) == (0, 100) else "score (0: random, 100: expert)"
-
     def summary(self) -> dict:
         return {"label": self.label, "is_d4rl": self.is_d4rl, "digest": self.digest}
 
@@ -465,10 +461,12 @@ def plot(records: list[dict], task: Task, returns: np.ndarray, title: str):
         label, color = f"{label_of(record)}: RMSE {record['alignment_rmse']:.1f}", f"C{methods.index(record['method'])}"
         top.plot(x, y, marker="o", markersize=3, color=color, label=label)
         top.fill_between(x, y - std, y + std, color=color, alpha=0.3 / (1 + len(records)), linewidth=0)
-    top.set(ylabel="achieved score (mean, band: one std)", xlabel=f"target {task.score_name}")
+    raw = (task.ref_min, task.ref_max) == (0, 100)
+    xlabel = "target return" if raw else "target score (0: random, 100: expert)"
+    top.set(ylabel="achieved score (mean, band: one std)", xlabel=xlabel)
     top.legend(fontsize="small")
     bottom.hist(task.score(returns), bins=30, color="0.6")
-    bottom.set(ylabel="episodes of the data", xlabel=f"target {task.score_name}")
+    bottom.set(ylabel="episodes of the data", xlabel=xlabel)
     figure.suptitle(title, fontsize="small")
     return figure
 
@@ -989,10 +987,6 @@ def load_module(script: Path):
     return importlib.import_module(script.stem)
 
 
-# ======== end of shared: setup ========
-
-
-# ======== shared: checks ========
 PLAIN = str | int | float | bool | None
 CONFIG = dict[str, PLAIN | tuple[PLAIN, ...]]  # a checkpoint's configuration
 
@@ -1057,7 +1051,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-# ======== end of shared: checks ========
+# ======== end of shared: setup ========
 
 
 # ======== shared: environment ========

@@ -218,10 +218,6 @@ class Task:
         """D4RL score: 0 for a random policy's return, 100 for an expert's."""
         return 100 * (returns - self.ref_min) / (self.ref_max - self.ref_min)
 
-    @property
-    def score_name(self) -> str:
-        return "return" if (self.ref_min, self.ref_max) == (0, 100) else "score (0: random, 100: expert)"
-
     def summary(self) -> dict:
         return {"label": self.label, "is_d4rl": self.is_d4rl, "digest": self.digest}
 
@@ -905,10 +901,6 @@ def load_module(script: Path):
     return importlib.import_module(script.stem)
 
 
-# ======== end of shared: setup ========
-
-
-# ======== shared: checks ========
 PLAIN = str | int | float | bool | None
 CONFIG = dict[str, PLAIN | tuple[PLAIN, ...]]  # a checkpoint's configuration
 
@@ -973,7 +965,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-# ======== end of shared: checks ========
+# ======== end of shared: setup ========
 
 
 # ======== shared: run ========

@@ -26,7 +26,7 @@ def test_every_marker_belongs_to_a_block_that_at_least_two_stages_share():
         assert sorted(markers) == sorted(2 * list(found)), f"{file}: a marker without its pair"
     for name in sources():
         assert sum(name in found for found in FOUND.values()) >= 2, f"block {name!r} is in one file only"
-    named = {"data", "dataset", "policy", "critic", "rollout", "results", "setup", "checks", "run", "environment"}
+    named = {"data", "dataset", "policy", "critic", "rollout", "results", "setup", "run", "environment"}
     assert set(sources()) == named | {"correlation"}
 
 
