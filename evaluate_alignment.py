@@ -564,7 +564,7 @@ def main() -> None:
 
     many = task.body in ("antmaze", "maze2d") or args.percentiles and device.type == "cuda"
     rollouts = args.rollouts or (100 if many else 50 if high_only else 30)
-    title = f"{plain(task.label)}\n{rollouts} rollouts per target" + f", context {args.context}" * bool(args.context)
+    title = f"{task.label}\n{rollouts} rollouts per target" + f", context {args.context}" * bool(args.context)
     if high_only:
         records, figure = [high_targets(one, args, rollouts) for one in policies], None
     else:
@@ -673,7 +673,7 @@ def method_of(lambda_e: float, conv: bool, state_loss: bool) -> str:
 def label_of(record: dict) -> str:
     ours = ("max_push", "action_noise", "average") if record.get("lambda_e") else ("average",)
     ours = "".join(f", {name} {record[name]:g}" for name in ours if record.get(name))
-    return plain(f"{record['method']}, seed {record['seed']}{ours}")
+    return f"{record['method']}, seed {record['seed']}{ours}"
 
 
 def policy_path(args, default: str) -> Path:
@@ -727,19 +727,12 @@ def baseline(name: str):
 
 
 def new_figure(*shape, figsize, **options):
-    """Matplotlib's figure and axes, without a screen."""
-    from matplotlib.figure import Figure  # imported here: it takes a while
+    """Matplotlib's figure and axes, without a screen; a $ in a file's name begins no mathematics."""
+    import matplotlib.figure  # imported here: it takes a while
 
-    figure = Figure(figsize=figsize, layout="constrained")
-    axes = figure.subplots(*shape, **options)
-    for one in np.ravel(axes):
-        one.grid(alpha=0.3)
-    return figure, axes
-
-
-def plain(text: str) -> str:
-    """Text for a figure, where $ would begin mathematics."""
-    return text.replace("$", r"\$")
+    matplotlib.rcParams.update({"text.parse_math": False, "axes.grid": True, "grid.alpha": 0.3})
+    figure = matplotlib.figure.Figure(figsize=figsize, layout="constrained")
+    return figure, figure.subplots(*shape, **options)
 
 
 def write_results(stem: Path, result: dict, rows: list[dict], figure=None) -> None:

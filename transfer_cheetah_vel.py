@@ -430,7 +430,7 @@ def main() -> None:
     setting |= {"calibration_rollouts": args.calibration_rollouts, "calibration_width": args.calibration_width}
     result = setting | records[0] | ({"compare": records[1:]} if args.compare else {})
     stem = path.parent / f"transfer{'_extended' * args.extended}"
-    title = f"HalfCheetah-Vel, {steps} steps, zero-shot; trained on {plain(task.label)}"
+    title = f"HalfCheetah-Vel, {steps} steps, zero-shot; trained on {task.label}"
     title += f"\n{args.rollouts} rollouts per target velocity"
     write_results(stem, result, rows, lambda: plot(records, title))
     print(f"\n{stem}.json, .csv, .png")
@@ -490,7 +490,7 @@ def method_of(lambda_e: float, conv: bool, state_loss: bool) -> str:
 def label_of(record: dict) -> str:
     ours = ("max_push", "action_noise", "average") if record.get("lambda_e") else ("average",)
     ours = "".join(f", {name} {record[name]:g}" for name in ours if record.get(name))
-    return plain(f"{record['method']}, seed {record['seed']}{ours}")
+    return f"{record['method']}, seed {record['seed']}{ours}"
 
 
 def policy_path(args, default: str) -> Path:
@@ -544,19 +544,12 @@ def baseline(name: str):
 
 
 def new_figure(*shape, figsize, **options):
-    """Matplotlib's figure and axes, without a screen."""
-    from matplotlib.figure import Figure  # imported here: it takes a while
+    """Matplotlib's figure and axes, without a screen; a $ in a file's name begins no mathematics."""
+    import matplotlib.figure  # imported here: it takes a while
 
-    figure = Figure(figsize=figsize, layout="constrained")
-    axes = figure.subplots(*shape, **options)
-    for one in np.ravel(axes):
-        one.grid(alpha=0.3)
-    return figure, axes
-
-
-def plain(text: str) -> str:
-    """Text for a figure, where $ would begin mathematics."""
-    return text.replace("$", r"\$")
+    matplotlib.rcParams.update({"text.parse_math": False, "axes.grid": True, "grid.alpha": 0.3})
+    figure = matplotlib.figure.Figure(figsize=figsize, layout="constrained")
+    return figure, figure.subplots(*shape, **options)
 
 
 def write_results(stem: Path, result: dict, rows: list[dict], figure=None) -> None:

@@ -69,7 +69,7 @@ def main() -> None:
             panel.set_title(f"asked for {target:g}: {result.returns[own].mean():.0f}", fontsize=13)
         row[0].set_ylabel(trained.identity()["method"], fontsize=14)
     panels[0, 0].invert_yaxis()
-    figure.suptitle(f"Paths and mean return of {EPISODES} episodes, {stage3.plain(task.label)}", fontsize=14)
+    figure.suptitle(f"Paths and mean return of {EPISODES} episodes, {task.label}", fontsize=14)
     figure.savefig(picture := io.BytesIO(), format="png", dpi=100)
     stage3.write_file(args.out, picture.getvalue())
     print(args.out)
