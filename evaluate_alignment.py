@@ -807,25 +807,19 @@ class Simulator:
     """
 
     def __init__(self, env_id: str, seeds):
-        self.env, self.body, self.bonus_after_fall = make_env(env_id), BODY_IDS[env_id], env_id.endswith("v4")
-        inner = self.env.unwrapped
-        from mujoco.batch import Batch  # after make_env, which sees to a bad MUJOCO_GL
+        env, self.body, self.bonus_after_fall = make_env(env_id), BODY_IDS[env_id], env_id.endswith("v4")
+        import mujoco  # after make_env, which sees to a bad MUJOCO_GL
+        from mujoco.batch import Batch
 
+        inner = env.unwrapped
         self.model, self.frame_skip, self.dt = inner.model, inner.frame_skip, inner.dt
         self.batch = Batch(self.model, len(seeds), nthread=torch.get_num_threads())
         self.qpos, self.qvel, self.ctrl, self.xpos = map(self.batch.bind, ("qpos", "qvel", "ctrl", "xpos"))
-        self.reset(np.arange(len(seeds)), seeds)
-
-    def reset(self, index, seeds) -> None:
-        """Start some of the simulations anew, each with its seed."""
-        import mujoco
-
-        data = self.env.unwrapped.data
-        for i, seed in zip(index, seeds):
-            self.env.reset(seed=int(seed))
-            mujoco.mj_getState(self.model, data, self.batch.state[i], mujoco.mjtState.mjSTATE_INTEGRATION)
+        for i, seed in enumerate(seeds):
+            env.reset(seed=int(seed))
+            mujoco.mj_getState(self.model, inner.data, self.batch.state[i], mujoco.mjtState.mjSTATE_INTEGRATION)
         if self.body == "ant":  # of which x_position needs the torso's frame
-            self.batch.forward(index, stage=mujoco.mjtStage.mjSTAGE_POS)
+            self.batch.forward(np.arange(len(seeds)), stage=mujoco.mjtStage.mjSTAGE_POS)
 
     def observe(self, index) -> np.ndarray:
         """(m, obs_dim) float64: the observations of some of the simulations."""
@@ -869,6 +863,7 @@ class Environments:
     def __init__(self, task: Task, seeds):
         self.envs = [make_env(task.env_id, task.env_kwargs) for _ in seeds]
         self.last = [env.reset(seed=int(seed))[0] for env, seed in zip(self.envs, seeds)]
+        self.dt = getattr(self.envs[0].unwrapped, "dt", 1.0)
 
     def observe(self, index) -> np.ndarray:
         """(m, obs_dim): the observations of some of the simulations."""
@@ -876,22 +871,17 @@ class Environments:
 
     @property
     def qpos(self) -> np.ndarray:
-        """(n, nq): MuJoCo's positions."""
-        return np.stack([env.unwrapped.data.qpos for env in self.envs])
-
-    def x_position(self, i: int) -> float:
-        data = getattr(self.envs[i].unwrapped, "data", None)
-        return float(data.qpos[0]) if data is not None else np.nan
+        """(n, nq): MuJoCo's positions; (n, 1) NaN where there is no MuJoCo."""
+        inner = [env.unwrapped for env in self.envs]
+        return np.stack([env.data.qpos if hasattr(env, "data") else [np.nan] for env in inner])
 
     def step(self, index, actions):
         """As Simulator.step; an episode ends where the environment terminates or truncates it."""
-        rewards, ended, velocities = np.zeros(len(index)), np.zeros(len(index), bool), np.zeros(len(index))
+        before, rewards, ended = self.qpos[index, 0], np.zeros(len(index)), np.zeros(len(index), bool)
         for j, i in enumerate(index):
-            before = self.x_position(i)
             self.last[i], rewards[j], terminated, truncated, _ = self.envs[i].step(actions[j])
             ended[j] = terminated or truncated
-            velocities[j] = (self.x_position(i) - before) / getattr(self.envs[i].unwrapped, "dt", 1.0)
-        return self.observe(index), rewards, ended, velocities
+        return self.observe(index), rewards, ended, (self.qpos[index, 0] - before) / self.dt
 
 
 # ======== shared: setup ========

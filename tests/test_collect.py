@@ -130,15 +130,17 @@ def test_rows_are_what_gymnasiums_step_returns(env_id, steps, ends):
 @pytest.mark.parametrize("env_id", stage0.BODY_IDS)
 def test_rows_of_the_four_bodies_are_bit_for_bit_those_of_stage_3s_simulator(env_id):
     """Ant's padding included."""
-    rng, envs, simulator = np.random.default_rng(0), stage0.Episodes(env_id, 3, 5), stage3.Simulator(env_id, [5, 6, 7])
+    rng, envs, one = np.random.default_rng(0), stage0.Episodes(env_id, 3, 5), np.array([0])
+    simulators = [stage3.Simulator(env_id, [seed]) for seed in (5, 6, 7)]
     for _ in range(40):
         rows = envs.step(rng.uniform(-1, 1, (3, len(envs.low))).astype(np.float32))
-        np.testing.assert_array_equal(rows["observations"], simulator.observe(np.arange(3)).astype(np.float32))
-        _, reward, terminated, _ = simulator.step(np.arange(3), rows["actions"].astype(np.float64))
-        assert (rows["rewards"] == reward.astype(np.float32)).all() and (rows["terminals"] == terminated).all()
-        ended = np.flatnonzero(terminated)
-        simulator.reset(ended, 5 + envs.number[ended])
-    np.testing.assert_array_equal(envs.obs, simulator.observe(np.arange(3)))
+        for i, simulator in enumerate(simulators):
+            np.testing.assert_array_equal(rows["observations"][i], simulator.observe(one)[0].astype(np.float32))
+            _, reward, terminated, _ = simulator.step(one, rows["actions"][i : i + 1].astype(np.float64))
+            assert rows["rewards"][i] == np.float32(reward[0]) and rows["terminals"][i] == terminated[0]
+            if terminated[0]:
+                simulators[i] = stage3.Simulator(env_id, [5 + envs.number[i]])
+    np.testing.assert_array_equal(envs.obs, np.concatenate([simulator.observe(one) for simulator in simulators]))
 
 
 @pytest.mark.parametrize("env_id, steps", [("Hopper-v4", 45), ("InvertedPendulum-v5", 23), ("Reacher-v5", 50)])
