@@ -10,7 +10,6 @@ that RADT's authors report, --video a GIF. Policies of baselines/ are evaluated 
 """
 
 import csv
-import functools
 import importlib
 import io
 import json
@@ -20,11 +19,11 @@ import re
 import signal
 import sys
 import threading
-import time
+import timeit
 import typing
 import warnings
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -364,16 +363,13 @@ def absolute_error(achieved, targets, span: float) -> tuple[float, float | None]
 
 
 @torch.no_grad()
-def seconds_per_action(trained: "Trained", repeats: int = 20) -> float:
+def seconds_per_action(trained: "Trained") -> float:
     """Median time of one action for one window, on the policy's device (s)."""
     K, task, device = trained.context, trained.task, next(trained.policy.parameters()).device
     rtg, obs, act = (torch.zeros(1, K, *size, device=device) for size in ((), (task.obs_dim,), (task.act_dim,)))
-    timestep, times = torch.arange(K, device=device)[None], []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        trained.policy.act(rtg, obs, act, timestep, timestep >= 0).cpu()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
+    timestep = torch.arange(K, device=device)[None]
+    window = rtg, obs, act, timestep, timestep >= 0
+    return float(np.median(timeit.repeat(lambda: trained.policy.act(*window).cpu(), number=1, repeat=20)))
 
 
 def mean_per_target(trained: "Trained", targets, rollouts: int, seed: int) -> tuple[list[dict], Rollouts]:
@@ -396,19 +392,24 @@ def mean_per_target(trained: "Trained", targets, rollouts: int, seed: int) -> tu
 
 
 def sweep(trained: "Trained", targets: np.ndarray, rollouts: int, seed: int, percentiles=()) -> tuple[dict, np.ndarray]:
-    """The record that alignment.json holds, and the forward velocity of every step (targets, rollouts, horizon) in m/s,
-    NaN after a rollout's end.
+    """The record that alignment.json holds (without targets: high_targets.json), and the forward velocity of every step
+    (targets, rollouts, horizon) in m/s, NaN after a rollout's end.
     """
-    task, critic, high = trained.task, load_critic(trained), trained.task.targets
+    task, high, record = trained.task, trained.task.targets, trained.identity()
     every_row, result = mean_per_target(trained, np.concatenate([targets, high, percentiles]), rollouts, seed)
+    velocities = result.velocities.reshape(-1, rollouts, task.horizon)[: len(targets)]
     rows, others = every_row[: len(targets)], every_row[len(targets) :]
+    if not len(targets):
+        record["high_targets"] = others
+        if fits(trained.content.get("model_r2"), list[float]):  # of VDT's planner
+            record["model_r2"] = trained.content["model_r2"]
+        return record, velocities
     scores, target_scores = (np.array([row[k] for row in rows]) for k in ("score_mean", "target_score"))
-    record = trained.identity() | {
-        "alignment_rmse": alignment_rmse(scores, target_scores),
-        "best_score": float(scores.max()),
-        "spearman_target_vs_real": rank_correlation(target_scores, scores),
-    }
-    if critic:  # Table E.19, over the sweep's rollouts (stage 1's report.json: over the data); Q is a discounted return
+    record["alignment_rmse"] = alignment_rmse(scores, target_scores)
+    record["best_score"] = float(scores.max())
+    record["spearman_target_vs_real"] = rank_correlation(target_scores, scores)
+    # Table E.19, over the sweep's rollouts (stage 1's report.json: over the data); Q is a discounted return
+    if critic := load_critic(trained):
         with torch.no_grad():
             q = critic(result.first_obs, result.first_act).amin(dim=0).cpu().numpy()[: len(targets) * rollouts]
         discounts = trained.content["gamma"] ** np.arange(task.horizon)
@@ -423,7 +424,6 @@ def sweep(trained: "Trained", targets: np.ndarray, rollouts: int, seed: int, per
         record |= dict(zip(("absolute_error", "absolute_error_of_range"), errors))
         record["parameters"] = sum(weight.numel() for weight in trained.policy.parameters())
         record["seconds_per_action"] = seconds_per_action(trained)
-    velocities = result.velocities.reshape(-1, rollouts, task.horizon)[: len(targets)]
     return record, velocities
 
 
@@ -502,13 +502,17 @@ def with_context(trained: "Trained", context: int | None) -> "Trained":
 
 
 def with_inference(trained: "Trained", name: str) -> "Trained":
-    """The checkpoint with its policy wrapped in a mode of its baseline's own; exits 2 if it has none of that name."""
-    stage, content = trained.content["stage"], trained.content
+    """The checkpoint with its policy wrapped in a mode of its baseline's own; exits 2 if it has none of that name.
+
+    The one target left is the data's best return, as the answer does not depend on it.
+    """
+    stage, content, task = trained.content["stage"], trained.content, trained.task
     modes = getattr(baseline(stage), "INFERENCE", {}) if stage in BASELINES else {}
     if name not in modes:
         fail(f"{trained.path}: {stage}.py has no --inference {name}")
     try:
-        return trained._replace(policy=modes[name](trained.task, content, trained.policy))
+        once = replace(task, targets=(float(content["episode_returns"].max()),))
+        return trained._replace(policy=modes[name](task, content, trained.policy), task=once)
     except Exception as error:  # an edited file can break in any way
         fail(f"{trained.path}: --inference {name}: {one_line(error)}")
 
@@ -544,8 +548,7 @@ def main() -> None:
     device, path = pick_device(args.device), policy_path(args, "hopper-mini")
     if args.export:
         trained = load_policy(path, "fp32", torch.device("cpu"))
-        export(with_context(trained, args.context), Path(args.export))
-        return
+        return export(with_context(trained, args.context), Path(args.export))
     policies = [with_context(load_policy(Path(p), args.precision, device), args.context) for p in (path, *args.compare)]
     trained, task = policies[0], policies[0].task
     if args.env and args.env != task.name:
@@ -565,25 +568,30 @@ def main() -> None:
     many = task.body in ("antmaze", "maze2d") or args.percentiles and device.type == "cuda"
     rollouts = args.rollouts or (100 if many else 50 if high_only else 30)
     title = f"{task.label}\n{rollouts} rollouts per target" + f", context {args.context}" * bool(args.context)
-    if high_only:
-        records, figure = [high_targets(one, args, rollouts) for one in policies], None
-    else:
-        returns = trained.content["episode_returns"].numpy()
-        targets = target_returns(task, returns, args.target_step)
-        # RADT's seven target returns (raw)
-        percentiles = np.linspace(*np.percentile(returns, (5, 95)), 7) if args.percentiles else ()
-        for one in policies:
-            load_critic(one)  # exits before the first rollout
-        sweeps = [sweep(one, targets, rollouts, args.seed, percentiles) for one in policies]
-        records = [record for record, _ in sweeps]
-        figure = functools.partial(plot, records, task, returns, title)
+    returns = trained.content["episode_returns"].numpy()
+    targets = () if high_only else target_returns(task, returns, args.target_step)
+    # RADT's seven target returns (raw)
+    percentiles = np.linspace(*np.percentile(returns, (5, 95)), 7) if args.percentiles else ()
+    if args.inference != "request":
+        policies = [with_inference(one, args.inference) for one in policies]
+    for one in policies:
+        load_critic(one)  # exits before the first rollout
+    sweeps = [sweep(one, targets, rollouts, args.seed, percentiles) for one in policies]
+    records = [record for record, _ in sweeps]
+    rows = [
+        {"checkpoint": record["checkpoint"], "seed": record["seed"], "kind": kind} | row
+        for record in records
+        for kind in ("sweep", "high_targets", "percentiles")
+        for row in record.get(kind, ())
+    ]
     setting = {"rollouts": rollouts, "episode_seed": args.seed, "device": device.type}
     setting |= {"inference": args.inference, "context": args.context}
     mode = "" if args.inference == "request" else f"_{args.inference}"
     suffix = f"_context_{args.context}" if args.context else ""
     stem = path.parent / f"{'high_targets' if high_only else 'alignment'}{mode}{suffix}"
     compare = {"compare": records[1:]} if args.compare else {}
-    write_results(stem, setting | records[0] | compare, rows_of(records), figure)
+    figure = None if high_only else lambda: plot(records, task, returns, title)
+    write_results(stem, setting | records[0] | compare, rows, figure)
     for record in records:
         print(summary(record))
     print(f"{task.label}: {stem}.json, .csv{', .png' if figure else ''}")
@@ -594,28 +602,6 @@ def main() -> None:
         gif = video(trained, args.video, captions, [args.seed] * len(args.video), task.horizon, renderer)
         write_file(path.parent / f"video{suffix}.gif", gif)
         print(f"one episode per target: {path.parent}/video{suffix}.gif")
-
-
-def high_targets(trained: "Trained", args: Args, rollouts: int) -> dict:
-    """The record that high_targets.json holds: the scores at the task's high targets, or by a baseline's own mode."""
-    targets = trained.task.targets
-    if args.inference != "request":
-        trained, targets = with_inference(trained, args.inference), [float(trained.content["episode_returns"].max())]
-    rows, _ = mean_per_target(trained, targets, rollouts, args.seed)
-    record = trained.identity() | {"high_targets": rows}
-    if fits(trained.content.get("model_r2"), list[float]):  # of VDT's planner
-        record["model_r2"] = trained.content["model_r2"]
-    return record
-
-
-def rows_of(records: list[dict]) -> list[dict]:
-    """The rows of the CSV file."""
-    rows = []
-    for record in records:
-        for kind in ("sweep", "high_targets", "percentiles"):
-            about = {"checkpoint": record["checkpoint"], "seed": record["seed"], "kind": kind}
-            rows += [about | row for row in record.get(kind, ())]
-    return rows
 
 
 def summary(record: dict) -> str:

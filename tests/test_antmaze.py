@@ -152,8 +152,8 @@ def test_antmaze_from_the_critic_to_the_success_rate(tmp_path, run_main, antmaze
     config = policy["config"]
     assert [config[k] for k in ("sigma_e", "lambda_e", "delta_rtg", "half_normal")] == [5.0, 100.0, 1.0, True]
     assert critic["config"]["method"] == "iql" and resume["progress"]["q_scale"] == critic["report"]["q_abs_mean"] > 0
-    real = stage3.high_targets
-    monkeypatch.setattr(stage3, "high_targets", lambda trained, args, rollouts: real(trained, args, 1))  # of the 100
+    real = stage3.sweep
+    monkeypatch.setattr(stage3, "sweep", lambda trained, x, n, *rest: real(trained, x, n // 100, *rest))  # 1 of the 100
     code, out, err = run_main(stage3, "--env", name, "--runs-dir", tmp_path)
     result = json.loads((folder / "high_targets.json").read_text())
     assert code == 0 and result["rollouts"] == 100 and not (folder / "alignment.json").exists(), err
