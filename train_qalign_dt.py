@@ -845,8 +845,8 @@ def run(main) -> None:
     try:
         main()
     except (KeyboardInterrupt, OSError, MemoryError, FloatingPointError, RuntimeError) as error:
-        # torch has no class for a CPU without memory, or for a missing compiler; any other RuntimeError is a bug
-        if isinstance(error, RuntimeError) and not re.search("memory|compiler", str(error)):
+        # there is no class for no more memory or threads, or for a missing compiler; any other RuntimeError is a bug
+        if isinstance(error, RuntimeError) and not re.search("memory|thread|compiler", str(error)):
             raise
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error)
         fail("; ".join([reason, *getattr(error, "__notes__", ())]), code=130 if reason == "interrupted" else 1)

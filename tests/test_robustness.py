@@ -19,6 +19,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import collect_dataset as stage0
 import numpy as np
@@ -943,9 +944,11 @@ def test_ctrl_c_at_any_time_in_the_first_seconds_is_one_line(script, hopper_file
 def test_bugs_keep_their_traceback():
     """The wrapper catches what a machine does, not what a programmer did."""
     for error in (ValueError("x"), KeyError("x"), RuntimeError("shapes do not match"), AssertionError("x")):
-
-        def main(error=error):
-            raise error
-
         with pytest.raises(type(error)):
-            stage2.run(main)
+            stage2.run(mock.Mock(side_effect=error))
+
+
+def test_no_more_threads_are_one_line(run_main, hopper_file, tmp_path, monkeypatch):
+    """Where a process may start none; TensorBoard wants one, tqdm does without."""
+    monkeypatch.setattr(threading.Thread, "start", mock.Mock(side_effect=RuntimeError("can't start new thread")))
+    assert_one_line(run_main(stage1, *argv(hopper_file, tmp_path, *TINY1)), 1, "thread", "nothing was saved")
