@@ -286,6 +286,7 @@ def rollout(trained, targets, seeds, horizon: int, what: str, reward_function=No
     """
     policy, task, content = trained.policy, trained.task, trained.content
     n, K, device = len(targets), trained.context, next(policy.parameters()).device
+    make_env(task.env_id, task.env_kwargs, (task.obs_dim, task.act_dim))  # exits 2 where the file's task is another
     simulator, targets = simulate(task, seeds), np.asarray(targets, dtype=np.float64)
     obs_mean, obs_std = content["obs_mean"].to(device), content["obs_std"].to(device)
     # histories start with K - 1 steps of padding, so that the context of step t is always [t, t + K)
@@ -1019,7 +1020,7 @@ def pick_device(name: str) -> torch.device:
 
 
 # ======== shared: environment ========
-def make_env(env_id: str, kwargs: dict | None = None):
+def make_env(env_id: str, kwargs: dict | None = None, sizes: tuple[int, int] | None = None):
     """Gymnasium's environment without its time limit; observations a vector, actions in [-1, 1]. Exits 2 on others."""
     if "mujoco" not in sys.modules:  # make_renderer imports it first: nothing will be rendered, so look for no OpenGL
         os.environ["MUJOCO_GL"] = "disable"
@@ -1048,6 +1049,9 @@ def make_env(env_id: str, kwargs: dict | None = None):
         low, high = env.action_space.low, env.action_space.high
         if len(env.observation_space.shape) != 1 or low.ndim != 1 or not np.isfinite([low, high]).all():
             raise ValueError("observations must be numbers, and actions a bounded vector")
+        found = env.observation_space.shape + low.shape  # D4RL pads Ant's observations with zeros
+        if sizes not in (None, found) and (env_id, bool(kwargs), sizes) != ("Ant-v4", False, (111, 8)):
+            raise ValueError(f"obs_dim and act_dim are {found}, not {sizes}")
         if (low != -1).any() or (high != 1).any():
             env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
         return env

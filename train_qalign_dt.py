@@ -652,8 +652,8 @@ def evaluate(policy: Policy, data: Dataset, config: Config) -> list[float]:
     task, training = data.task, policy.training
     policy.eval()
     n, K, device = len(task.targets) * config.eval_rollouts, config.context_len, next(policy.parameters()).device
-    envs = [make_env(task.env_id, task.env_kwargs) for _ in range(n)]  # they advance together, as one batch
-    first_seed = 1_000_000 + 1_000 * config.seed
+    first_seed, sizes = 1_000_000 + 1_000 * config.seed, (task.obs_dim, task.act_dim)
+    envs = [make_env(task.env_id, task.env_kwargs, sizes) for _ in range(n)]  # they advance together, as one batch
     observations = [env.reset(seed=first_seed + i % config.eval_rollouts)[0] for i, env in enumerate(envs)]
     left = np.repeat(np.array(task.targets, dtype=np.float64), config.eval_rollouts)  # (n,) raw return-to-go
     returns, alive = np.zeros(n), np.ones(n, bool)
@@ -1114,7 +1114,7 @@ def saved_bf16(folder: Path, stage: str, precision: str, ours: bool) -> bool:
 
 
 # ======== shared: environment ========
-def make_env(env_id: str, kwargs: dict | None = None):
+def make_env(env_id: str, kwargs: dict | None = None, sizes: tuple[int, int] | None = None):
     """Gymnasium's environment without its time limit; observations a vector, actions in [-1, 1]. Exits 2 on others."""
     if "mujoco" not in sys.modules:  # make_renderer imports it first: nothing will be rendered, so look for no OpenGL
         os.environ["MUJOCO_GL"] = "disable"
@@ -1143,6 +1143,9 @@ def make_env(env_id: str, kwargs: dict | None = None):
         low, high = env.action_space.low, env.action_space.high
         if len(env.observation_space.shape) != 1 or low.ndim != 1 or not np.isfinite([low, high]).all():
             raise ValueError("observations must be numbers, and actions a bounded vector")
+        found = env.observation_space.shape + low.shape  # D4RL pads Ant's observations with zeros
+        if sizes not in (None, found) and (env_id, bool(kwargs), sizes) != ("Ant-v4", False, (111, 8)):
+            raise ValueError(f"obs_dim and act_dim are {found}, not {sizes}")
         if (low != -1).any() or (high != 1).any():
             env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
         return env

@@ -119,7 +119,7 @@ class Buffer:
 def run_episode(policy, task, K: int, request: float, offline, seed: int, noise=0.0, generator=None) -> tuple:
     """One episode, asked for a raw return: its trajectory as in Buffer. The RTG falls by every reward."""
     policy.eval()
-    env, device = make_env(task.env_id, task.env_kwargs), next(policy.parameters()).device
+    env, device = make_env(task.env_id, task.env_kwargs, (task.obs_dim, task.act_dim)), next(policy.parameters()).device
     observation, left, rows = env.reset(seed=seed)[0], request, []
     rtg, obs, act = torch.zeros(1, K), torch.zeros(1, K, task.obs_dim), torch.zeros(1, K, task.act_dim)
     for t in range(task.horizon):

@@ -470,6 +470,17 @@ def test_edited_policies_are_one_line_before_any_rollout(stage, copy_of, pipelin
             assert_one_line(result, 2, path, "critic is not whole")
 
 
+def test_an_environment_of_other_sizes_than_the_task_is_one_line(copy_of, run_main, hopper_file, tmp_path):
+    evaluating = argv(hopper_file, tmp_path / "runs", *DT, "--eval-every", 15)
+    for stage, kind, flags in ((stage2, "dataset", evaluating), (stage3, "policy", ["--rollouts", 1])):
+        path = copy_of(kind)
+        content = load(path)
+        torch.save(content | {"task": content["task"] | {"env_id": "HalfCheetah-v4"}}, path)
+        result = run_main(stage, *flags, *["--checkpoint", path] * (stage is stage3))
+        assert_one_line(result, 2, "HalfCheetah-v4", "(17, 6), not (11, 3)")
+    stage3.make_env("Ant-v4", {}, (111, 8))  # D4RL's zeros
+
+
 def test_an_export_never_replaces_the_checkpoint(copy_of, run_main, tmp_path):
     path = copy_of("policy")
     before = tree(tmp_path)
