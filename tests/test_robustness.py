@@ -649,8 +649,8 @@ def test_our_stale_temporary_files_go_once_the_lock_is_held_and_foreign_ones_sta
     for stage, flags in ((stage1, TINY1), (stage2, [*DT, "--total-steps", 2])):
         folder, seen = tmp_path / f"{ENV}__{stage.__name__}__1", []
         folder.mkdir()
-        stale = [folder / name for name in ("resume.pt.123.tmp", "metrics.csv.4.tmp", "report.json.77.tmp")]
-        names = ("notes.tmp", "resume.pt.tmp", "a.resume.pt.1.tmp", "resume.pt.x.tmp", "thesis.tex.12.tmp", "1.tmp")
+        stale = [folder / name for name in ("resume.pt.123.tmp", "metrics.csv.4.tmp", "policy_40.pt.77.tmp")]
+        names = ("notes.tmp", "resume.pt.tmp", "a.resume.pt.1.tmp", "resume.pt.x.tmp", "x.pt.123.tmp", "1.tmp")
         foreign = [folder / name for name in names]
         for path in (*stale, *foreign):
             path.write_bytes(b"half")
