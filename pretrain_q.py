@@ -375,12 +375,16 @@ def main() -> None:
         fail(f"{task.label}: no transition with a successor or a terminal in it; the critic needs longer episodes")
 
     with claim(folder, wait=True):  # runs of one seed share it
-        if load_own(folder / "critic.pt", STAGE, identity):
+        learner, done = Pretraining(task, data, args), Progress()
+        if finished := load_own(folder / "critic.pt", STAGE, identity):
+            try:
+                check_same(finished.get("critic"), learner.critic.state_dict(), "critic")
+            except ValueError as error:
+                fail(f"{folder}/critic.pt: not whole ({error}); remove it, and it is made again")
             print(f"{folder}/critic.pt is finished; nothing to do (another run: --exp-name)")
             return
         if args.track:
             track(args, folder)
-        learner, done = Pretraining(task, data, args), Progress()
         sums = torch.zeros(len(learner.metrics), device=device)  # since the last row of metrics.csv
         if state := load_own(folder / "resume.pt", STAGE, identity):
             done = restore(state, folder / "resume.pt", learner, sums, args.total_steps, Progress)

@@ -405,6 +405,7 @@ def test_foreign_critics_are_one_line(copy_of, pipeline, hopper_file, tmp_path, 
         result = run_main(stage, *flags)
         assert_one_line(result, 2, path)
         assert result[1] == "" and len(result[2]) < 1000 and not (tmp_path / "runs" / FOLDER2).exists()
+        assert_one_line(run_main(stage1, *argv(hopper_file, tmp_path / "runs", *TINY1)), 2, path)  # nor finished
 
 
 def test_foreign_datasets_are_one_line(copy_of, pipeline, hopper_file, tmp_path, run_main):
