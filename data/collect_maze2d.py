@@ -149,7 +149,8 @@ def main() -> None:
             for key, array in arrays.items():
                 f.create_dataset(key, data=array, compression="gzip", shuffle=True)
             f.attrs.update(env_id=args.env, seed=args.seed, transitions=transitions)
-            f.attrs["command"] = shlex.join(["python", "data/collect_maze2d.py", *sys.argv[1:]])
+            command = shlex.join(["python", "data/collect_maze2d.py", *sys.argv[1:]])
+            f.attrs["command"] = command.encode(errors="replace").decode()  # names of files need not be UTF-8
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -159,6 +160,7 @@ def main() -> None:
 
 def run(main) -> None:
     """main(); Ctrl-C (exit 130) and errors of the system (exit 1: disk, memory) end in one line on stderr."""
+    sys.stdout.reconfigure(errors="replace")  # names of files
     try:
         main()
     except KeyboardInterrupt:

@@ -85,13 +85,15 @@ def main() -> None:
     except OSError as error:
         fail(f"cannot write {args.out} ({' '.join(str(error).split())})")
     finally:
-        temporary.unlink(missing_ok=True)
+        if os.path.lexists(temporary):  # not so where its name is too long
+            temporary.unlink()
     episodes = f"{len(chosen)} of {len(ends)} episodes, {len(set(chosen))} different, {len(rows):,} transitions"
     low, high, mean = returns[chosen].min(), returns[chosen].max(), returns[chosen].mean()
     print(f"{args.out}: {episodes}, returns {low:,.0f} to {high:,.0f}, mean {mean:,.0f}")
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # names of files
     try:
         main()
     except KeyboardInterrupt:
