@@ -776,7 +776,7 @@ def video(trained: Trained, targets, captions, seeds, steps: int, renderer, **op
 
 def simulate(task: Task, seeds):
     """One simulation for each seed: MuJoCo's bodies in lockstep, every other environment as Gymnasium steps it."""
-    if task.env_id in BODY_IDS and not task.env_kwargs:
+    if task.body and task.env_id in BODY_IDS and not task.env_kwargs:
         return Simulator(task.env_id, seeds)
     return Environments(task, seeds)
 

@@ -70,6 +70,8 @@ def test_every_environment_that_is_no_body_is_stepped_as_gymnasium_does():
     seeds = [3, 4, 5]
     lockstep, plain = (stage3.simulate(replace(TASK, env_kwargs=kwargs), seeds) for kwargs in ({}, {"width": 64}))
     assert type(lockstep) is stage3.Simulator and type(plain) is stage3.Environments
+    recorded = replace(task_of("ant-medium-test"), body="", obs_dim=27)  # a Minari set: without D4RL's zeros
+    assert stage3.simulate(recorded, [0]).observe([0]).shape == (1, 27)
     rng, alive = np.random.default_rng(1), np.arange(3)
     for _ in range(60):
         np.testing.assert_allclose(plain.observe(alive), lockstep.observe(alive), rtol=0, atol=1e-10)
