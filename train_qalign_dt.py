@@ -80,7 +80,9 @@ class Args:
     critic_width: Int = None  # hidden width of the critic, that of --critic (default: 256; small: 128)
     actor_lr: Float = None  # Adam learning rate of the policy, with L2 1e-4 (default: 3e-4; small: 1e-3)
 
-    lambda_e: Float = None  # weight of the alignment loss, Eq. 6; 0: no critic (default: Table D.8; own data: 0.3)
+    # weight of the alignment loss, Eq. 6; 0: no critic (default: Table D.8; own data: 100, as for AntMaze there: for
+    # both Q is divided by its mean |min Q| over the data)
+    lambda_e: Float = None
     # std of Eq. 5's delta, in normalised RTG (default: Table D.8; own data: 3 times the range of its RTGs)
     sigma_e: Float = None
     # by which Eq. 7's targets raise the RTG, normalised (default: Table D.8; own data: a third of that range)
@@ -139,9 +141,9 @@ TABLE_D8 = {  # sigma_e, lambda_e, delta_rtg
 }
 SAME_QUALITY = {"expert": "medium-expert", "random": "medium"}
 D4RL_DATA = dict(max_push=0.0, action_noise=0.0, dropout=0.1, average=0.0, eval_context_len=0)  # nothing of ours
-# For all other data than D4RL's -v2 sets and AntMaze: one set of numbers (results/pages/robust_alignment.md), of which
-# sigma_e and delta_rtg are multiples of the range of the data's returns-to-go: as large as in Table D.8.
-OTHER_DATA = dict(sigma_e=3.0, lambda_e=0.3, delta_rtg=1 / 3, max_push=0.3, action_noise=0.3)
+# For all other data than D4RL's -v2 sets and AntMaze: one set of numbers in units of the data, as large as in Table D.8
+# (results/pages/robust_alignment.md). sigma_e and delta_rtg are multiples of the range of the data's returns-to-go.
+OTHER_DATA = dict(sigma_e=3.0, lambda_e=100.0, delta_rtg=1 / 3, max_push=0.3, action_noise=0.3)
 OTHER_DATA |= dict(dropout=0.0, average=0.002, eval_context_len=2)
 PAPER = dict(total_steps=100_000, embed_dim=256, n_layer=4, n_head=4, context_len=20)
 PAPER |= dict(batch_size=256, critic_width=256, actor_lr=3e-4)
@@ -716,7 +718,7 @@ def main() -> None:
             save_resume(folder, dict(stage=STAGE, config=identity), learner, sums, done)
             content = dict(stage=STAGE, config=identity, gamma=done.gamma, step=done.step, task=vars(task))
             content |= dict(obs_mean=data.obs_mean, obs_std=data.obs_std, policy=learner.eval_policy.state_dict())
-            content["critic"] = learner.critic.state_dict() if config.lambda_e > 0 else None
+            content |= dict(critic=learner.critic.state_dict() if config.lambda_e > 0 else None, q_scale=done.q_scale)
             save_checkpoint(folder / "policy.pt", content | {"episode_returns": torch.as_tensor(data.returns)})
 
         def evaluate_if_due(step: int) -> None:
@@ -782,8 +784,8 @@ def pretrained(args: Args, config: Config, data: Dataset) -> tuple[dict, float, 
             fail(f"{path}: a critic of other data ({label}); use that data, or another --runs-dir")
         reference = Ensemble(2, task.obs_dim + task.act_dim, config.critic_width).state_dict()
         check_same(content["critic"], reference, "critic")
-        # AntMaze: the release divides Q by its mean |min Q| over the data, the scale that lambda_e = 100 belongs to
-        q_scale = content["report"]["q_abs_mean"] if task.body == "antmaze" else 1.0
+        # the mean |min Q| over the data, by which the release divides Q for AntMaze: lambda_e = 100 belongs to it
+        q_scale = 1.0 if task.tag == "v2" and task.body != "antmaze" else content["report"]["q_abs_mean"]
         gamma = content["config"]["gamma"]
         if not (fits(gamma, float) and 0 < gamma < 1 and fits(q_scale, float) and q_scale > 0):
             raise ValueError("its discount or its scale is impossible")

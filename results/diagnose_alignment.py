@@ -55,11 +55,11 @@ def actions(policy, inputs, seed: int | None) -> torch.Tensor:
     return policy(*inputs)[0][:, -1]
 
 
-def penalties(pair, sign, rows, config):
+def penalties(pair, sign, rows, config, q_scale: float):
     """Eq. 5 over some of the windows, as stage 2 computes it: the mean penalty, and the share of violated pairs."""
     q_delta, q = (x[:, rows, None] for x in pair)  # (2, rows, 1)
     valid = torch.ones(len(rows), 1, dtype=torch.bool)
-    return stage2.alignment_loss(q_delta, q, sign[rows, None], valid, config.alignment)
+    return stage2.alignment_loss(q_delta / q_scale, q / q_scale, sign[rows, None], valid, config.alignment)
 
 
 def gradient(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -74,8 +74,9 @@ def measure(trained, critic, data, args: Args) -> list[dict]:
     """One row per group of timesteps, from the first to the last."""
     task, policy = trained.task, trained.policy
     try:
+        q_scale = float(trained.content["q_scale"])
         config = stage2.Config(**{k: v for k, v in trained.content["config"].items() if k in vars(stage2.Config())})
-    except (TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         stage2.fail(f"{trained.path}: not a whole checkpoint ({stage2.one_line(error)}); train it again")
     generator = torch.Generator().manual_seed(args.seed)
     batch = stage2.Windows(data, config.context_len, torch.device("cpu")).sample(args.windows, generator)
@@ -97,7 +98,7 @@ def measure(trained, critic, data, args: Args) -> list[dict]:
     noise = config.action_noise * error * torch.randn((2, *act.shape), generator=generator)
     in_training, exact = (critic(obs, a_delta + noise[0]), critic(obs, a_hat + noise[1])), (q["delta"], q["clean"])
     sign = shifts["delta"].sign()
-    align, _ = penalties(in_training, sign, torch.arange(args.windows), config)
+    align, _ = penalties(in_training, sign, torch.arange(args.windows), config, q_scale)
     push = gradient(config.lambda_e * align, a_delta).square().sum(dim=1)
     pull = gradient((a_hat - act).square().mean(), a_hat).square().sum(dim=1)
     both = critic(obs, a_hat)
@@ -108,8 +109,8 @@ def measure(trained, critic, data, args: Args) -> list[dict]:
     for group in batch.timestep[:, -1].argsort().tensor_split(GROUPS):
         mean = partial(mean_of, group)
         moved = q["higher"].amin(dim=0) - q["lower"].amin(dim=0)
-        loss, violated = (float(x.detach()) for x in penalties(in_training, sign, group, config))
-        exact_loss, exact_violated = (float(x) for x in penalties(exact, sign, group, config))
+        loss, violated = (float(x.detach()) for x in penalties(in_training, sign, group, config, q_scale))
+        exact_loss, exact_violated = (float(x) for x in penalties(exact, sign, group, config, q_scale))
         row = {"timestep": [int(f(batch.timestep[group, -1])) for f in (torch.min, torch.max)]}
         row |= {"q_data": mean(data_q), "q_range": mean(highest - lowest)}
         row |= {"q_slope": mean(moved) / mean(shifts["higher"] - shifts["lower"]) / task.rtg_scale * 1000}
@@ -161,8 +162,6 @@ def main() -> None:
         critic = stage3.load_critic(trained)
         if critic is None:
             stage2.fail(f"{path}: trained without an alignment loss, so it has no critic to ask")
-        if trained.task.body == "antmaze":
-            stage2.fail(f"{path}: AntMaze's Q is divided by a number that the checkpoint does not hold")
         runs = path.absolute().parent.parent
         of = SimpleNamespace(env=trained.task.name, dataset_path=args.dataset_path, runs_dir=str(runs))
         data = stage2.load_data(of)

@@ -85,14 +85,14 @@ DT_STATE = Variant("DT + state loss", "dt_state", "--lambda-e 0 --no-conv", crit
 DT_ALIGNMENT = Variant("DT + state loss + alignment", "dt_alignment", "--no-conv")
 DT_STATE_CONV = Variant("DT + state loss + conv", "dt_state_conv", "--lambda-e 0", critic=None)
 DELTAS = [Variant(f"Delta_RTG {x}", f"delta_rtg_{x}", f"--delta-rtg {x}") for x in (0, 10)]
-LAMBDAS = [Variant(f"lambda_e {x}", f"lambda_{x}", f"--lambda-e {x}") for x in (0.1, 1, 3)]  # of 0.3
+LAMBDAS = [Variant(f"lambda_e {x}", f"lambda_{x}", f"--lambda-e {x}") for x in (30, 300, 1000)]  # of 100
 WHOLE = Variant("Q-Align DT, whole window", "whole_window", "--eval-context-len 0")
 LAST = Variant("Q-Align DT, last weights", "last_weights", "--average 0 --eval-context-len 0")
 LIMIT = Variant("no noise, dropout 0.1", "limit", "--action-noise 0 --dropout 0.1")
 NO_LIMIT = Variant("no limit", "no_limit", "--max-push 0")
 LOSS = Variant("the paper's loss", "neither", f"{LIMIT.flags} {NO_LIMIT.flags}")
 PAPERS = Variant("nothing of ours", "papers", f"{LOSS.flags} {LAST.flags}")
-SMALL = Variant("a small perturbation", "small_perturbation", "--sigma-e 1 --delta-rtg 0.5 --lambda-e 0.1")
+SMALL = Variant("a small perturbation", "small_perturbation", "--sigma-e 1 --delta-rtg 0.5 --lambda-e 25")
 DT = Variant("DT", "dt", "--lambda-e 0 --no-conv --no-state-loss", critic=None)
 DT_WHOLE = Variant("DT, whole window", "dt_whole_window", f"{DT.flags} {WHOLE.flags}", critic=None)
 DT_LAST = Variant("DT, last weights", "dt_last_weights", f"{DT.flags} {LAST.flags}", critic=None)
@@ -158,7 +158,7 @@ STUDIES = {
     "qt_eta": [QT, *QTS],
     "rvdt": [RVDT, *RVDTS, QT, DT_LAST],
     "noise": [Q_ALIGN, *(Variant(f"sigma_n {x}", f"noise_{x}", f"--q-noise {x}") for x in (1, 10, 50))],
-    "discount": [Q_ALIGN, GAMMA],  # at one lambda_e, although Q, and with it Eq. 5's penalty, is larger at 0.997
+    "discount": [Q_ALIGN, GAMMA],
     "spearman": [Q_ALIGN],
 }
 STUDIES |= {table: [Q_ALIGN, DT, RADT, QT] for table in ("table1", "table2")}

@@ -287,7 +287,9 @@ def test_three_steps_of_main_are_algorithm_1(average, run_main, hopper_file, tmp
     windows = stage2.Windows(data, 4, CPU)
     policy, critic = stage2.make_policy(data.task, config, False), stage2.Ensemble(2, 11 + 3, 16)
     dropout = torch.get_rng_state()  # the masks of the three steps come next
-    critic.load_state_dict(load(tmp_path / f"{ENV}__pretrain_q__1" / "critic.pt")["critic"])
+    stage_1 = load(tmp_path / f"{ENV}__pretrain_q__1" / "critic.pt")
+    critic.load_state_dict(stage_1["critic"])
+    q_scale = stage_1["report"]["q_abs_mean"]
     target_policy = stage2.make_policy(data.task, config, False).eval()
     target_critic = stage2.Ensemble(2, 11 + 3, 16)
     target_policy.load_state_dict(policy.state_dict())
@@ -331,7 +333,7 @@ def test_three_steps_of_main_are_algorithm_1(average, run_main, hopper_file, tmp
         align = (-applied.sign() * (q_delta - q)).relu().amin(0)[batch.valid].mean()
         supervised = ((a[:B] - batch.act)[batch.valid] ** 2).mean() + ((s[:B] - batch.obs)[batch.valid] ** 2).mean()
         actor_opt.zero_grad()
-        (supervised + 0.3 * align).backward()
+        (supervised + 0.3 * align / q_scale).backward()  # Q in units of its mean |Q| over the data
         assert torch.nn.utils.clip_grad_norm_(policy.parameters(), 0.05) > 0.05
         actor_opt.step()
         rate = max(average, 1 / (step + 1))
@@ -399,7 +401,7 @@ def test_table_d8_and_the_papers_sizes_are_the_defaults():
         "mujoco/hopper/medium-v0",
     ):
         # one set of numbers for all data that are not D4RL's; the first and the third in units of the RTGs' range, 3
-        assert row(name) == (9, 0.3, 1, 0.3, 0.3, 0.0, 0.002, 2), name
+        assert row(name) == (9, 100, 1, 0.3, 0.3, 0.0, 0.002, 2), name
     assert config("hopper-mini").embed_dim == 64 and config("hopper-medium-own").embed_dim == 256
     small = config("hopper-medium-v2", preset="small", n_layer=3)
     assert vars(small) | dict(preset=None, n_layer=4) == vars(paper) | stage2.SMALL | dict(n_layer=4, eval_every=500)
@@ -412,7 +414,8 @@ def test_table_d8_and_the_papers_sizes_are_the_defaults():
     assert (sarsa.total_steps, sarsa.critic_width, sarsa.warm_start_steps, sarsa.lr) == (10_000, 128, 9_000, 3e-4)
 
 
-def test_rtg_range_is_the_datas_own_unless_the_data_is_d4rls(pipeline, tmp_path, hopper_file, monkeypatch):
+def test_units_are_the_datas_own_unless_the_data_is_d4rls(pipeline, tmp_path, hopper_file, monkeypatch):
+    """The bounds of the RTG, and the mean |Q| that Q is divided by."""
     low, high = load(pipeline.policy)["config"]["rtg_range"]
     tokens = data_of(ENV, hopper_file).returns_to_go()
     assert (low * 1000, high * 1000) == pytest.approx((tokens.min(), tokens.max()))
@@ -422,6 +425,12 @@ def test_rtg_range_is_the_datas_own_unless_the_data_is_d4rls(pipeline, tmp_path,
     assert data.task.is_d4rl and stage2.resolve(args, data, CPU).rtg_range == (-1.0, 4.0)
     args = stage2.Args(env="hopper-medium-v2", rtg_range=(-9.0, 9.0))
     assert stage2.resolve(args, data, CPU).rtg_range == (-9.0, 9.0)
+    own, config = data_of(ENV, hopper_file), SimpleNamespace(critic_width=16)
+    mean = load(pipeline.critic)["report"]["q_abs_mean"]
+    assert stage2.pretrained(stage2.Args(critic=str(pipeline.critic)), config, own)[2] == mean
+    assert load(pipeline.policy)["q_scale"] == load(pipeline.resume)["progress"]["q_scale"] == mean != 1
+    monkeypatch.setattr(data, "task", replace(data.task, digest=own.task.digest))
+    assert stage2.pretrained(stage2.Args(critic=str(pipeline.critic)), config, data)[2] == 1.0
 
 
 # ---- kill, resume, refuse ----
@@ -758,7 +767,7 @@ def test_a_finished_run_says_so_and_changes_nothing(pipeline, run_main, hopper_f
 @pytest.mark.parametrize(
     "change, named",
     [
-        (["--lambda-e", 3], "lambda_e 0.3 there, 3.0 here"),
+        (["--lambda-e", 3], "lambda_e 100.0 there, 3.0 here"),
         (["--total-steps", 31], "total_steps"),
         (["--no-conv"], "conv"),
         (["--no-state-loss", "--lambda-e", 0], "state_loss"),

@@ -136,7 +136,7 @@ def test_definition_of_a_run_is_that_of_earlier_records():
     args = studies.Args(("loss",), critic_flags="--lr 1e-3")
     run = studies.Run(studies.STUDIES["loss"][1], 2, args, {"hopper-mini.hdf5": "b8c036218f3244d3"})
     presets = run.definition.pop("presets")  # a record says which defaults it was trained with
-    assert presets["total_steps"] == 5000 and presets["lambda_e"] == 0.3 and presets["average"] == 0.002
+    assert presets["total_steps"] == 5000 and presets["lambda_e"] == 100 and presets["average"] == 0.002
     assert all(isinstance(value, int | float) for value in presets.values())
     assert run.definition == {
         "run": "hopper-mini__symmetric__2",
