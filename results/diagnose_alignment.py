@@ -7,10 +7,10 @@ For the last step of random windows, in ten groups of equal size by timestep:
     slope, range     how Q(s, a_hat) moves with the RTG: per 1,000 of return, and from the lowest RTG to the highest
     loss, chance     the alignment loss, and the share of it that is gone without dropout and without noise on actions
     force            norm of the alignment loss's gradient by the actions, over that of the action loss's; no max_push
-    off data         rms distance of a_hat from the recorded action, and of the answer to the highest RTG from a_hat
+    off_data         rms distance of a_hat from the recorded action; off_high: from the answer to the highest RTG
     gain             Q of the answer to the highest RTG minus Q of the recorded action: far above 0, Q is exploited
     gradient         mean norm of dQ/da, and the cosine between the two critics'
-    disagree         |Q_1 - Q_2| at the recorded action, and at the answer to the highest RTG
+    disagree         |Q_1 - Q_2| at the recorded action; dis_high: at the answer to the highest RTG
 
 Reads dataset.pt of the checkpoint's runs folder, as stage 2 did. Writes diagnosis.json, .png and, for the first
 checkpoint, .csv beside it.
@@ -18,7 +18,6 @@ checkpoint, .csv beside it.
 
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +30,17 @@ import evaluate_alignment as stage3
 import train_qalign_dt as stage2
 
 GROUPS = 10
+COLUMNS = dict(slope="q_slope", range="q_range", loss="align_loss", chance="chance_share", force="force")
+COLUMNS |= dict(off_data="off_data", off_high="off_clean", gain="gain", gradient="gradient", cosine="cosine")
+COLUMNS |= dict(disagree="disagree_data", dis_high="disagree_highest")
+PANELS = {
+    "q_slope": "dQ / dRTG, per 1,000 of return",
+    "q_range": "Q, highest minus lowest RTG",
+    "chance_share": "share of the alignment loss by chance",
+    "force": "alignment force / imitation force",
+    "gain": "Q gained over the recorded action",
+    "off_clean": "rms action change, highest RTG",
+}
 
 
 @dataclass(frozen=True)
@@ -66,10 +76,6 @@ def gradient(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return torch.autograd.grad(y, x, retain_graph=True)[0]
 
 
-def mean_of(group: torch.Tensor, x: torch.Tensor) -> float:
-    return float(x[group].mean())
-
-
 def measure(trained, critic, data, args: Args) -> list[dict]:
     """One row per group of timesteps, from the first to the last."""
     task, policy = trained.task, trained.policy
@@ -101,23 +107,24 @@ def measure(trained, critic, data, args: Args) -> list[dict]:
     align, _ = penalties(in_training, sign, torch.arange(args.windows), config, q_scale)
     push = gradient(config.lambda_e * align, a_delta).square().sum(dim=1)
     pull = gradient((a_hat - act).square().mean(), a_hat).square().sum(dim=1)
-    both = critic(obs, a_hat)
-    slopes = [gradient(q_m.sum(), a_hat) for q_m in both]
+    slopes = [gradient(q_m.sum(), a_hat) for q_m in critic(obs, a_hat)]
 
     lowest, highest, data_q = (q[name].amin(dim=0) for name in ("lowest", "highest", "data"))
+    moved, shift = q["higher"].amin(dim=0) - q["lower"].amin(dim=0), shifts["higher"] - shifts["lower"]
     rows = []
     for group in batch.timestep[:, -1].argsort().tensor_split(GROUPS):
-        mean = partial(mean_of, group)
-        moved = q["higher"].amin(dim=0) - q["lower"].amin(dim=0)
+
+        def mean(x, group=group) -> float:
+            return float(x[group].mean())
+
         loss, violated = (float(x.detach()) for x in penalties(in_training, sign, group, config, q_scale))
         exact_loss, exact_violated = (float(x) for x in penalties(exact, sign, group, config, q_scale))
         row = {"timestep": [int(f(batch.timestep[group, -1])) for f in (torch.min, torch.max)]}
         row |= {"q_data": mean(data_q), "q_range": mean(highest - lowest)}
-        row |= {"q_slope": mean(moved) / mean(shifts["higher"] - shifts["lower"]) / task.rtg_scale * 1000}
+        row |= {"q_slope": mean(moved) / mean(shift) / task.rtg_scale * 1000}
         row |= {"align_loss": loss, "align_loss_exact": exact_loss}
         row |= {"chance_share": 1 - exact_loss / loss if loss else 0.0}
-        row |= {"violated": violated, "violated_exact": exact_violated}
-        row |= {"force": (mean(push) / mean(pull)) ** 0.5}
+        row |= {"violated": violated, "violated_exact": exact_violated, "force": (mean(push) / mean(pull)) ** 0.5}
         row |= {"off_data": mean((a["clean"] - act).square()) ** 0.5}
         row |= {"off_clean": mean((a["highest"] - a["clean"]).square()) ** 0.5, "gain": mean(highest - data_q)}
         row |= {"gradient": mean(torch.stack(slopes).norm(dim=-1).mean(dim=0))}
@@ -128,32 +135,6 @@ def measure(trained, critic, data, args: Args) -> list[dict]:
     return rows
 
 
-PANELS = (
-    ("q_slope", "dQ / dRTG, per 1,000 of return"),
-    ("q_range", "Q, highest minus lowest RTG"),
-    ("chance_share", "share of the alignment loss by chance"),
-    ("force", "alignment force / imitation force"),
-    ("gain", "Q gained over the recorded action"),
-    ("off_clean", "rms action change, highest RTG"),
-)
-
-
-COLUMNS = (  # title, width, format and name
-    ("slope", 7, ".2f", "q_slope"),
-    ("range", 7, ".2f", "q_range"),
-    ("loss", 8, ".3f", "align_loss"),
-    ("chance", 8, ".0%", "chance_share"),
-    ("force", 7, ".2f", "force"),
-    ("off data", 10, ".2f", "off_data"),
-    ("highest", 9, ".2f", "off_clean"),
-    ("gain", 7, ".2f", "gain"),
-    ("gradient", 10, ".1f", "gradient"),
-    ("cosine", 8, ".2f", "cosine"),
-    ("disagree", 10, ".2f", "disagree_data"),
-    ("highest", 9, ".2f", "disagree_highest"),
-)
-
-
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     results = []
@@ -162,34 +143,34 @@ def main() -> None:
         critic = stage3.load_critic(trained)
         if critic is None:
             stage2.fail(f"{path}: trained without an alignment loss, so it has no critic to ask")
-        runs = path.absolute().parent.parent
-        of = SimpleNamespace(env=trained.task.name, dataset_path=args.dataset_path, runs_dir=str(runs))
-        data = stage2.load_data(of)
-        if data.task.digest != trained.task.digest:
-            label = data.task.label
-            stage2.fail(f"{path}: trained on {trained.task.label}, not on {label} of {runs}; --dataset-path?")
+        runs, task = path.absolute().parent.parent, trained.task
+        data = stage2.load_data(SimpleNamespace(env=task.name, dataset_path=args.dataset_path, runs_dir=str(runs)))
+        if data.task.digest != task.digest:
+            stage2.fail(f"{path}: trained on {task.label}, not on {data.task.label} of {runs}; --dataset-path?")
         rows = measure(trained, critic, data, args)
         results.append(trained.identity() | {"windows": args.windows, "groups": rows})
-        print(f"\n{path}: {stage3.label_of(results[-1])}, lambda_e {results[-1]['lambda_e']:g}; {data.task.label}")
-        print("  timesteps" + "".join(f"{title:>{width}}" for title, width, _, _ in COLUMNS))
+        print(f"\n{path}: {title(results[-1])}; {task.label}")
+        print("  timesteps" + "".join(f"{name:>9}" for name in COLUMNS))
         for row in rows:
-            cells = (f"{row[name]:{width}{kind}}" for _, width, kind, name in COLUMNS)
-            print("{:5} -{:4}".format(*row["timestep"]) + "".join(cells))
+            print("{:5} -{:4}".format(*row["timestep"]), *(f"{row[name]:8.3g}" for name in COLUMNS.values()))
     stem = args.checkpoints[0].parent / "diagnosis"
     rows = [row | {"timestep": row["timestep"][0]} for row in results[0]["groups"]]
     stage3.write_results(stem, {"results": results}, rows, lambda: plot(results))
     print(f"\n{stem}.json, .csv, .png")
 
 
+def title(result: dict) -> str:
+    return f"{stage3.label_of(result)}, lambda_e {result['lambda_e']:g}"
+
+
 def plot(results: list[dict]):
     """PANELS against the timestep, a line for each checkpoint."""
     figure, axes = stage3.new_figure(2, 3, figsize=(12, 6))
-    for panel, (name, label) in zip(np.ravel(axes), PANELS):
+    for panel, (name, label) in zip(np.ravel(axes), PANELS.items()):
         for result in results:
             middle = [np.mean(row["timestep"]) for row in result["groups"]]
             values = [row[name] for row in result["groups"]]
-            shown = f"{stage3.label_of(result)}, lambda_e {result['lambda_e']:g}"
-            panel.plot(middle, values, marker="o", markersize=3, label=shown)
+            panel.plot(middle, values, marker="o", markersize=3, label=title(result))
         panel.set(xlabel="timestep", ylabel=label)
     axes[0][0].legend(fontsize="x-small")
     return figure
