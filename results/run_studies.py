@@ -48,6 +48,10 @@ class Variant(NamedTuple):
     inference: tuple[str, ...] = ()  # the method's own ways to act, evaluated at the high targets beside the sweep
     sweep: bool = True  # False: only the score at the high targets, which the paper's Tables 1 and 2 report
 
+    def but(self, label: str, exp_name: str, flags: str) -> "Variant":
+        """The same method with other flags; it acts in one way only."""
+        return self._replace(label=label, exp_name=exp_name, flags=flags, inference=())
+
 
 MODES = ("plan", "best", "softmax")  # evaluate_alignment.py --inference, but for the default
 CLAIMS = {
@@ -94,45 +98,34 @@ LOSS = Variant("the paper's loss", "neither", f"{LIMIT.flags} {NO_LIMIT.flags}")
 PAPERS = Variant("nothing of ours", "papers", f"{LOSS.flags} {LAST.flags}")
 SMALL = Variant("a small perturbation", "small_perturbation", "--sigma-e 1 --delta-rtg 0.5 --lambda-e 25")
 DT = Variant("DT", "dt", "--lambda-e 0 --no-conv --no-state-loss", critic=None)
-DT_WHOLE = Variant("DT, whole window", "dt_whole_window", f"{DT.flags} {WHOLE.flags}", critic=None)
-DT_LAST = Variant("DT, last weights", "dt_last_weights", f"{DT.flags} {LAST.flags}", critic=None)
-DT_LONG = Variant("DT, 15,000 steps", "dt_15000", DT.flags + " --total-steps 15000", critic=None)
+DT_WHOLE = DT.but("DT, whole window", "dt_whole_window", f"{DT.flags} {WHOLE.flags}")
+DT_LAST = DT.but("DT, last weights", "dt_last_weights", f"{DT.flags} {LAST.flags}")
+DT_LONG = DT.but("DT, 15,000 steps", "dt_15000", f"{DT.flags} --total-steps 15000")
 RADT = Variant("RADT", "train_radt", "", "baselines/train_radt.py", None)
 RADTS = [
-    RADT._replace(label="RADT, SeqRA only", exp_name="radt_seqra", flags="--no-stepra"),
-    RADT._replace(label="RADT, StepRA only", exp_name="radt_stepra", flags="--no-seqra"),
-    RADT._replace(label="RADT, without alpha", exp_name="radt_no_alpha", flags="--no-alpha"),
-    RADT._replace(label="DT in RADT's setting", exp_name="radt_dt", flags="--no-seqra --no-stepra --rtg-tokens"),
+    RADT.but("RADT, SeqRA only", "radt_seqra", "--no-stepra"),
+    RADT.but("RADT, StepRA only", "radt_stepra", "--no-seqra"),
+    RADT.but("RADT, without alpha", "radt_no_alpha", "--no-alpha"),
+    RADT.but("DT in RADT's setting", "radt_dt", "--no-seqra --no-stepra --rtg-tokens"),
 ]
-RADT_RATES = [RADT._replace(label=f"RADT, lr {x}", exp_name=f"radt_lr_{x}", flags=f"--lr {x}") for x in (3e-4, 3e-3)]
+RADT_RATES = [RADT.but(f"RADT, lr {x}", f"radt_lr_{x}", f"--lr {x}") for x in (3e-4, 3e-3)]
 VDT = Variant("VDT", "train_vdt", "", "baselines/train_vdt.py", None, inference=("plan",))
 VDTS = [
-    VDT._replace(label=label, exp_name=exp_name, flags=f"--model-steps 0 {flags}", inference=())
-    for label, exp_name, flags in (
-        ("VDT, without weights", "vdt_q", "--eta 0"),
-        ("VDT, without Q term", "vdt_weights", "--q-weight 0"),
-        ("VDT, without either", "vdt_dt", "--eta 0 --q-weight 0"),
-        ("VDT, K 3", "vdt_k_3", "--context-len 3"),
-        ("VDT, K 20", "vdt_k_20", "--context-len 20"),
-        ("VDT, K 40", "vdt_k_40", "--context-len 40"),
-    )
+    VDT.but("VDT, without weights", "vdt_q", "--model-steps 0 --eta 0"),
+    VDT.but("VDT, without Q term", "vdt_weights", "--model-steps 0 --q-weight 0"),
+    VDT.but("VDT, without either", "vdt_dt", "--model-steps 0 --eta 0 --q-weight 0"),
 ]
+VDT_KS = [VDT.but(f"VDT, K {k}", f"vdt_k_{k}", f"--model-steps 0 --context-len {k}") for k in (3, 20, 40)]
+VDT_ETAS = [VDT.but(f"VDT, eta {x}", f"vdt_eta_{x}", f"--model-steps 0 --eta {x}") for x in (1, 3)]
 QT = Variant("QT", "train_qt", "", "baselines/train_qt.py", inference=("best", "softmax"))
-QTS = [QT._replace(label=f"QT, eta {x}", exp_name=f"qt_eta_{x}", flags=f"--eta {x}", inference=()) for x in (0, 0.1, 5)]
-VDT_ETAS = [
-    VDTS[0]._replace(label=f"VDT, eta {x}", exp_name=f"vdt_eta_{x}", flags=f"--model-steps 0 --eta {x}") for x in (1, 3)
-]
-QT_ETA = QTS[0]._replace(label="QT, eta 0.3", exp_name="qt_eta_0.3", flags="--eta 0.3")
+QT_ETAS = {x: QT.but(f"QT, eta {x}", f"qt_eta_{x}", f"--eta {x}") for x in (0, 0.1, 0.3, 5)}
 RVDT = Variant("RVDT", "train_rvdt", "", "baselines/train_rvdt.py")
 RVDTS = [
-    RVDT._replace(label=label, exp_name=re.sub(r"\W+", "_", label.lower()), flags=flags)
-    for label, flags in (
-        ("RVDT-Dup", "--rebalance dup"),
-        ("RVDT-Determ", "--std none"),
-        ("VDT of RVDT's poster", "--rebalance none"),
-        ("RDT", "--eta 0"),
-        ("DT-Dup", "--eta 0 --rebalance dup"),
-    )
+    RVDT.but("RVDT-Dup", "rvdt_dup", "--rebalance dup"),
+    RVDT.but("RVDT-Determ", "rvdt_determ", "--std none"),
+    RVDT.but("VDT of RVDT's poster", "vdt_of_rvdt_s_poster", "--rebalance none"),
+    RVDT.but("RDT", "rdt", "--eta 0"),
+    RVDT.but("DT-Dup", "dt_dup", "--eta 0 --rebalance dup"),
 ]
 TUNED_VDT = Variant("VDT, tuned online", "tune_vdt", "", "baselines/tune_vdt.py", None, base=VDT)
 TUNED_DT = TUNED_VDT._replace(label="DT, tuned online", exp_name="tune_dt", base=DT_LAST)
@@ -150,12 +143,12 @@ STUDIES = {
     "time": [Q_ALIGN, DT, DT_STATE_CONV, DT_LONG],
     "neighbours": [Q_ALIGN, DT, DT_LAST, RADT, VDT, QT, RVDT],
     "radt": [RADT, *RADTS],
-    "tuning": [RADT, *RADT_RATES, VDT, *VDT_ETAS, QT, QTS[1], QT_ETA],
-    "vdt": [VDT, *VDTS[:3], DT_LAST],
-    "vdt_context": [VDT, *VDTS[3:]],
+    "tuning": [RADT, *RADT_RATES, VDT, *VDT_ETAS, QT, QT_ETAS[0.1], QT_ETAS[0.3]],
+    "vdt": [VDT, *VDTS, DT_LAST],
+    "vdt_context": [VDT, *VDT_KS],
     "vdt_online": [VDT, TUNED_VDT, DT_LAST, TUNED_DT],
     "low_data": [QT, RVDT, DT_LAST],
-    "qt_eta": [QT, *QTS],
+    "qt_eta": [QT, *(QT_ETAS[x] for x in (0, 0.1, 5))],
     "rvdt": [RVDT, *RVDTS, QT, DT_LAST],
     "noise": [Q_ALIGN, *(Variant(f"sigma_n {x}", f"noise_{x}", f"--q-noise {x}") for x in (1, 10, 50))],
     "discount": [Q_ALIGN, GAMMA],
@@ -452,6 +445,10 @@ def quantities(record: dict) -> dict[str, float | None]:
     high_targets = alignment["high_targets"][: None if alignment["trained_on"]["is_d4rl"] else 1]
     at_highest = min(high_targets, key=lambda row: abs(row["target_return"] - target.max()))  # own data: the first
     modes = {mode: result["high_targets"][0]["score_mean"] for mode, result in record.get("inference", {}).items()}
+
+    def times(factor: float, x: float | None) -> float | None:
+        return x and factor * x
+
     found = {
         "alignment RMSE": alignment["alignment_rmse"],
         "RMSE at the lowest third of the targets": low,
@@ -466,16 +463,11 @@ def quantities(record: dict) -> dict[str, float | None]:
         "Spearman of Q and discounted return": alignment.get("spearman_q_vs_discounted_return"),
         "data: Spearman of discounted and plain return": critic.get("spearman_discounted_vs_plain_return"),
         "critic: mean Q / mean return": critic["q_mean"] / critic["return_mean"] if critic.get("return_mean") else None,
-        "absolute error of seven targets, in % of their range": alignment.get("absolute_error_of_range"),
+        "absolute error of seven targets, in % of their range": times(100, alignment.get("absolute_error_of_range")),
         "minutes of training": training and training / 60,  # None if it was resumed
         "parameters of the policy": alignment.get("parameters"),
-        "milliseconds per action": alignment.get("seconds_per_action"),
+        "milliseconds per action": times(1000, alignment.get("seconds_per_action")),
     }
-    for name, factor in (
-        ("absolute error of seven targets, in % of their range", 100),
-        ("milliseconds per action", 1000),
-    ):
-        found[name] = found[name] and factor * found[name]
     if not np.isfinite([x for x in found.values() if x is not None]).all():
         raise ValueError("a value is not finite")
     return found
