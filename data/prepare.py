@@ -23,7 +23,6 @@ import os
 import re
 import signal
 import sys
-import typing
 import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,16 +30,17 @@ from pathlib import Path
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # while modules load
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"error: interrupted\n"), os._exit(130)))
 
-import filelock
+import collect_maze2d
 import gymnasium
 import h5py
 import numpy as np
+import qalign_mazes
 import torch
 import tyro
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # stage 2, for what stages read and write alike
-from train_qalign_dt import FORMAT, Task, fail, load_checkpoint, load_module, make_env, one_line, printable, run
+from train_qalign_dt import Task, claim, fail, load_checkpoint, make_env, one_line, printable, run, save_checkpoint
 
 
 @dataclass(frozen=True)
@@ -103,13 +103,12 @@ def parse_env(name: str) -> dict:
             fail(f"unknown --env {name!r}: Minari's ids look like mujoco/hopper/expert-v0")
         base |= dict(body="", quality=name.rpartition("/")[2], tag="minari")
         return base | dict(ref_min=0.0, ref_max=100.0)  # scores are returns
-    if name == "maze2d-mini" or name in mazes().MAZE2D:
+    if name == "maze2d-mini" or name in qalign_mazes.MAZE2D:
         quality, _, tag = name.removeprefix("maze2d-").rpartition("-")
         return base | maze_task("maze2d-umaze-v1" if tag == "mini" else name) | dict(quality=quality or "mini", tag=tag)
     body, _, rest = name.partition("-")
     quality, _, tag = rest.rpartition("-") if rest != "mini" else ("mini", "", "mini")
-    known = [f"{b}-{q}-v2" for b in BODIES for q in (MAZES if b == "antmaze" else QUALITIES)]
-    known += mazes().MAZE2D
+    known = [f"{b}-{q}-v2" for b in BODIES for q in (MAZES if b == "antmaze" else QUALITIES)] + [*qalign_mazes.MAZE2D]
     qualities = MAZES if body == "antmaze" else (*QUALITIES, "mixed", "mini")
     # "hopper-medium-replay" is D4RL's name without its -v2, not data of your own that are tagged "replay"
     own = re.fullmatch(r"\w[\w.]*", tag, re.ASCII) and tag != "v2" and f"{name}-v2" not in known
@@ -126,13 +125,9 @@ def parse_env(name: str) -> dict:
     return task | dict(reward_shift=-1.0)  # IQL's: the critic sees r - 1
 
 
-def mazes():
-    return load_module(Path(__file__).resolve().with_name("qalign_mazes.py"))
-
-
 def maze_task(name: str) -> dict:
     """Fields of Task of a maze2d-...; quality and tag are the name's."""
-    maze, env_id = mazes().MAZE2D[name], f"qalign_mazes:{name}"
+    maze, env_id = qalign_mazes.MAZE2D[name], f"qalign_mazes:{name}"
     return MAZE2D | dict(env_id=env_id, horizon=maze["horizon"], ref_min=maze["min"], ref_max=maze["max"])
 
 
@@ -183,8 +178,7 @@ def fetch(task: dict, path: Path) -> None:
     if not of_d4rl(task):
         fail(f"{path} is missing; give --dataset-path FILE, or make it with data/collect_dataset.py")
     url, tried = f"{D4RL_URL}/{d4rl_name(task)}", []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with waiting_lock(path.parent):
+    with claim(path.parent, wait=True):
         for address in (url, url, f"{MIRROR_URL}/{path.name}"):  # a server that stumbles gets a second chance
             try:
                 return None if path.is_file() else download(address, path)  # another process has been faster
@@ -268,8 +262,8 @@ def check_arrays(task: dict, path: Path, arrays: list[np.ndarray]) -> list[np.nd
     if task["body"] == "ant" and observations[:, 27:].any():
         fail(f"{path}: the last 84 of Ant's 111 observations, contact forces, must be zero as in D4RL: Ant-v4 has none")
     if task["body"] == "maze2d":
-        maze = mazes().MAZE2D[task["env_id"].rpartition(":")[2]]["maze"]
-        if not mazes().in_maze(maze, observations[:, :2]).all():
+        maze = qalign_mazes.MAZE2D[task["env_id"].rpartition(":")[2]]["maze"]
+        if not qalign_mazes.in_maze(maze, observations[:, :2]).all():
             fail(f"{path}: positions outside the free cells of {maze}: a file of another maze?")
     n = int(np.flatnonzero(episode_end)[-1]) + 1 if episode_end.any() else 0
     tail = f"{len(episode_end) - n:,} of {len(episode_end):,} rows after the last end of an episode"
@@ -371,7 +365,7 @@ def as_recorded(task: dict, path: Path, spec: dict) -> dict:
     expected = task["env_id"].rpartition(":")[2]
     if task["body"] == "maze2d":
         task = task | dict(seed=spec.get("seed"))
-        if task["tag"] == "mini" and found in mazes().MAZE2D:  # the file's maze
+        if task["tag"] == "mini" and found in qalign_mazes.MAZE2D:  # the file's maze
             return task | maze_task(found)
     if found in (None, expected) and not kwargs:
         return task
@@ -424,7 +418,7 @@ def until_first_success(observations, terminals, timeouts) -> tuple[np.ndarray, 
 def maze2d_mini(task: dict) -> dict:
     """The content of dataset.pt for maze2d-mini: the collector's rows, without a file in between."""
     name = "maze2d-umaze-v1"
-    arrays = load_module(Path(__file__).resolve().with_name("collect_maze2d.py")).collect(name, MINI_ROWS, seed=0)
+    arrays = collect_maze2d.collect(name, MINI_ROWS, seed=0)
     label = f"{name} (regenerated, {MINI_ROWS:,} rows, seed 0)"
     *parts, end = check_arrays(task, Path(task["name"]), [arrays[key] for key in KEYS])
     found = content(task, *parts, np.flatnonzero(end) + 1, label, False, [])
@@ -493,11 +487,11 @@ def content(task, observations, actions, rewards, terminals, ends, label: str, i
     arrays = dict(observations=observations, actions=actions, rewards=rewards, terminals=terminals, ends=ends)
     digests = [hashlib.sha256(np.ascontiguousarray(x)).digest() for x in arrays.values()]
     digest = hashlib.sha256(b"".join(digests)).hexdigest()[:16]
-    fields = {name: task[name] for name in typing.get_type_hints(Task) if name in task}
+    fields = {name: task[name] for name in Task.__dataclass_fields__ if name in task}
     task = Task(**fields, label=label, is_d4rl=is_d4rl, digest=digest, sources=sources)
     arrays |= dict(obs_mean=mean.astype(np.float32), obs_std=scale.astype(np.float32))
     tensors = {name: torch.from_numpy(x).contiguous() for name, x in arrays.items()}
-    return dict(stage="prepare", format=FORMAT, task=asdict(task)) | tensors
+    return dict(stage="prepare", task=asdict(task)) | tensors
 
 
 # ---- dataset.pt ----
@@ -525,21 +519,10 @@ def prepare(env: str, dataset_path: tuple[str, ...] = (), runs_dir: str = "runs"
     if not dataset_path and paths and not paths[0].is_file():
         fetch(task, paths[0])
     found = dataset(task, paths)
-    folder.mkdir(parents=True, exist_ok=True)
-    with waiting_lock(folder):
+    with claim(folder, wait=True):
         if path.exists() and (there := current(path, paths)):  # another process has been faster
             return there
-        for left in folder.glob(f"{path.name}.*.tmp"):  # of a process that was killed
-            left.unlink()
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as f:
-                torch.save(found, f)  # streamed: the file is not built in memory
-            os.replace(temporary, path)
-        except RuntimeError as error:  # torch's for a full disk
-            raise OSError(f"{temporary}: {one_line(error.__context__ or error)}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        save_checkpoint(path, found)
     rows, episodes, sha = len(found["rewards"]), len(found["ends"]), found["task"]["sources"][0]["sha256"][:16]
     print(f"{path}: {found['task']['label']}, {rows:,} transitions, {episodes:,} episodes, sha256 {sha}...")
     return found
@@ -569,16 +552,6 @@ def current(path: Path, paths: list[Path]) -> dict | None:
                 fail(f"{p} has changed since {path} was made, and {files[0]} is of the old data; another --runs-dir?")
             return None
     return content
-
-
-def waiting_lock(folder: Path):
-    """A folder's lock, for `with`; says so if it has to wait for another process."""
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        return lock.acquire(timeout=0)
-    except filelock.Timeout:
-        print(f"{folder}: waiting for another process that writes it (Ctrl-C ends this one)", flush=True)
-        return lock.acquire()
 
 
 def main() -> None:

@@ -307,7 +307,7 @@ def test_urls_and_reference_scores_are_d4rls(d4rl, monkeypatch, tmp_path):
 
     monkeypatch.setattr(prepare.urllib.request, "urlopen", refuse)
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
-    for name in GYM + MAZE + list(prepare.mazes().MAZE2D):
+    for name in GYM + MAZE + list(prepare.qalign_mazes.MAZE2D):
         asked.clear()
         task = task_of(name)
         with pytest.raises(SystemExit):

@@ -88,7 +88,7 @@ def test_dataset_pt_holds_tensors_and_plain_values(source, tmp_path, run_main, h
     file = tmp_path / "runs" / FOLDER / "dataset.pt"
     content, sha = torch.load(file, weights_only=True), hashlib.sha256(source.read_bytes()).hexdigest()
     assert code == 0 and sha[:16] in out and f"{len(hopper_arrays[0]):,} transitions" in out, err
-    assert (content.pop("stage"), content.pop("format")) == ("prepare", prepare.FORMAT)
+    assert (content.pop("stage"), content.pop("format")) == ("prepare", stage2.FORMAT)
     task = content.pop("task")
     rows = dict(observations=torch.float32, actions=torch.float32, rewards=torch.float32, terminals=torch.bool)
     types = rows | dict(ends=torch.int64, obs_mean=torch.float32, obs_std=torch.float32)
@@ -187,7 +187,7 @@ def test_two_processes_prepare_the_same_data_once(source, tmp_path, monkeypatch,
             waits.set()
 
     monkeypatch.setattr(prepare.torch, "save", save)
-    monkeypatch.setattr(prepare, "print", say, raising=False)
+    monkeypatch.setattr(stage2, "print", say, raising=False)
     results = []
     prepares = [
         threading.Thread(target=lambda: results.append(prepare.prepare(ENV, (str(source),), tmp_path)))
@@ -630,7 +630,7 @@ def test_two_processes_download_a_file_once(server, monkeypatch, tmp_path, patie
         assert waits.wait(5)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(prepare, "print", say, raising=False)
+    monkeypatch.setattr(stage2, "print", say, raising=False)
     monkeypatch.setattr(prepare.urllib.request, "urlopen", urlopen)
     results = []
 
