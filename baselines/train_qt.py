@@ -26,29 +26,22 @@ from typing import Literal
 
 import torch
 import torch.nn as nn
-import tyro
 
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # this folder, and stage 2's
-from train_radt import RunArgs, find_run, train
+from train_radt import RunArgs, fill_in, find_run, train
 
 from train_qalign_dt import (
-    MAX_TIMESTEP,
     Batch,
     Ensemble,
     Policy,
     Windows,
-    check_args,
     descend,
     ema_update,
-    load_data,
     make_policy,
     masked_mean,
-    pick_device,
-    preset,
     pretrained,
     run,
     supervised_loss,
-    use_bf16,
 )
 
 
@@ -77,10 +70,7 @@ class Args(RunArgs):
     gamma: float = 0.99  # discount of a random critic; stage 1's has its own
 
     def __post_init__(self):
-        at_least_1 = dict.fromkeys(("embed_dim", "n_layer", "n_head", "context_len", "batch_size", "critic_width"), 1)
-        check_args(self, at_least_1 | {"best_return": -1e9})
-        if self.embed_dim and self.n_head and self.embed_dim % self.n_head:
-            raise ValueError(f"--embed-dim {self.embed_dim} is not a multiple of --n-head {self.n_head}")
+        self.check(best_return=-1e9)
         if not 0 < self.gamma < 1:
             raise ValueError(f"--gamma {self.gamma}: must be between 0 and 1")
 
@@ -152,11 +142,8 @@ def release_settings(task) -> dict:
 
 def resolve(args: Args, task, data, device: torch.device) -> Config:
     """Fill in the defaults that depend on the task, the data and the hardware."""
-    defaults = (SMALL if preset(args, task) == "small" else PAPER) | release_settings(task)
-    values = vars(args) | defaults | {name: value for name, value in vars(args).items() if value is not None}
-    values["device"] = device.type  # the random streams of CPU and CUDA differ, so a run stays on one kind
-    values["bf16"] = use_bf16(args.precision, device)
-    values["max_timestep"] = max(MAX_TIMESTEP, int(data.lengths.max()))
+    release = release_settings(task)
+    values = fill_in(args, task, data, device, PAPER | release, SMALL | release)
     values["best_return"] = float(data.returns.max())
     values["critic"] = "none" if args.critic == "none" else "stage 1"
     return Config(**values)
@@ -303,18 +290,22 @@ def make_softmax(task, content: dict, policy: Policy) -> Candidates:
 INFERENCE = {"best": make_candidates, "softmax": make_softmax}  # for evaluate_alignment.py --high-targets --inference
 
 
+def from_stage_1(found) -> tuple:
+    """A run's configuration, and stage 1's critic to start from, whose discount it then has; None where there is none.
+
+    (A run that goes on has the critic in resume.pt.)
+    """
+    config = found.config
+    if not config.eta or config.critic == "none" or found.state:
+        return config, None
+    weights, gamma, _ = pretrained(found.args, config, found.data)
+    return replace(config, gamma=gamma), weights
+
+
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.DisallowNone,))
-    device = pick_device(args.device)
-    data = load_data(args)
-    task, config = data.task, resolve(args, data.task, data, device)
-    found = find_run("train_qt", args, config, task, gamma_is_late=config.critic != "none")
-    config, critic_weights = found.config, None
-    if config.eta and config.critic != "none" and not found.state:  # resume.pt holds the critic
-        critic_weights, gamma, _ = pretrained(args, config, data)
-        config = replace(config, gamma=gamma)
-    learner = Training(task, Windows(data, config.context_len, device), config, critic_weights)
-    train(found, learner, data, config.total_steps)
+    found = find_run("train_qt", Args, resolve, __doc__)
+    config, critic_weights = from_stage_1(found)
+    train(found, Training(found.data.task, found.windows(), config, critic_weights), config.total_steps)
 
 
 if __name__ == "__main__":

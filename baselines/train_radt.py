@@ -52,6 +52,7 @@ from train_qalign_dt import (
     save_resume,
     saved_bf16,
     track,
+    use_bf16,
 )
 
 
@@ -70,6 +71,13 @@ class RunArgs:
     preset: Literal["paper", "small"] | None = None
     track: bool = False  # log to Weights & Biases, too: pip install wandb
     checkpoint_minutes: float = 2.0  # wall-clock time between resume.pt files
+
+    def check(self, **lowest: float) -> None:
+        """ValueError, which tyro reports, for a number out of its range, or heads that do not divide the width."""
+        sizes = ("embed_dim", "n_layer", "n_head", "context_len", "batch_size", "critic_width")
+        check_args(self, dict.fromkeys(sizes, 1) | lowest)
+        if self.embed_dim and self.n_head and self.embed_dim % self.n_head:
+            raise ValueError(f"--embed-dim {self.embed_dim} is not a multiple of --n-head {self.n_head}")
 
 
 @dataclass(frozen=True)
@@ -93,10 +101,7 @@ class Args(RunArgs):
     rtg_tokens: bool = False
 
     def __post_init__(self):
-        at_least_1 = dict.fromkeys(("embed_dim", "n_layer", "n_head", "context_len", "batch_size"), 1)
-        check_args(self, at_least_1 | {"warmup_steps": 1})
-        if self.embed_dim and self.n_head and self.embed_dim % self.n_head:
-            raise ValueError(f"--embed-dim {self.embed_dim} is not a multiple of --n-head {self.n_head}")
+        self.check(warmup_steps=1)
         if (self.seqra or self.stepra) == self.rtg_tokens:
             raise ValueError("--no-seqra --no-stepra and --rtg-tokens go together: a DT in RADT's setting")
 
@@ -126,12 +131,10 @@ LOG_EVERY = 100  # gradient steps per row of metrics.csv
 
 def resolve(args: Args, task, data, device: torch.device) -> Config:
     """Fill in the defaults that depend on the task, the data and the hardware."""
-    defaults = SMALL if preset(args, task) == "small" else PAPER | EXCEPTIONS.get(task.name, {})
-    if task.body == "antmaze":
-        defaults = defaults | {"batch_size": 256}
-    values = vars(args) | defaults | {name: value for name, value in vars(args).items() if value is not None}
-    values["device"] = device.type  # the random streams of CPU and CUDA differ, so a run stays on one kind
-    values["max_timestep"] = max(MAX_TIMESTEP, int(data.lengths.max())) + values["context_len"]
+    batch = {"batch_size": 256} if task.body == "antmaze" else {}
+    paper = PAPER | EXCEPTIONS.get(task.name, {})
+    values = fill_in(args, task, data, device, paper | batch, SMALL | batch)
+    values["max_timestep"] += values["context_len"]
     if args.rtg_tokens:
         values["method"] = "DT in RADT's setting"
     elif not (args.seqra and args.stepra):
@@ -312,13 +315,9 @@ class Imitation:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.DisallowNone,))
-    device = pick_device(args.device)
-    data = load_data(args)
-    task, config = data.task, resolve(args, data.task, data, device)
-    found = find_run("train_radt", args, config, task)
-    learner = Imitation(task, Windows(data, config.context_len, device), config)
-    train(found, learner, data, config.total_steps, learner.columns)
+    found = find_run("train_radt", Args, resolve, __doc__)
+    learner = Imitation(found.data.task, found.windows(), found.config)
+    train(found, learner, found.config.total_steps, learner.columns)
 
 
 # ---- a run of this script, and of train_vdt.py, train_qt.py and train_rvdt.py
@@ -326,6 +325,17 @@ def main() -> None:
 
 # of a configuration: they change no result
 NOT_OF_THE_RUN = ("dataset_path", "runs_dir", "preset", "track", "checkpoint_minutes", "precision")
+
+
+def fill_in(args: RunArgs, task, data, device: torch.device, paper: dict, small: dict) -> dict:
+    """A configuration's values: flags, else the preset's, and what the data and the hardware decide."""
+    defaults = small if preset(args, task) == "small" else paper
+    values = vars(args) | defaults | {name: value for name, value in vars(args).items() if value is not None}
+    values["device"] = device.type  # the random streams of CPU and CUDA differ, so a run stays on one kind
+    values["max_timestep"] = max(MAX_TIMESTEP, int(data.lengths.max()))
+    if "precision" in values:
+        values["bf16"] = use_bf16(args.precision, device)
+    return values
 
 
 @dataclass
@@ -342,36 +352,46 @@ class Run(NamedTuple):
 
     stage: str  # file name of the script
     args: RunArgs
+    data: object  # a Dataset
     config: object  # with the arithmetic that the run began with
     folder: Path
     identity: dict  # the configuration and the data; what is found in the folder must have the same
     gamma_is_late: bool  # it is not in the identity, as only stage 1's critic decides it
     state: dict | None  # of resume.pt
 
+    def windows(self) -> Windows:
+        return Windows(self.data, self.config.context_len, torch.device(self.config.device))
 
-def find_run(stage: str, args, config, task, gamma_is_late: bool = False, needed: tuple = ()) -> Run:
-    """Looks into the run's folder; exits 0 if policy.pt is finished and holds all needed, 2 if it is another run's."""
-    folder = Path(args.runs_dir) / f"{task.folder}__{args.exp_name}__{args.seed}"
+
+def find_run(stage: str, args_class, resolve, description: str) -> Run:
+    """Reads flags and data, and looks into the run's folder; exits 0 if it is finished, 2 if it is another run's."""
+    args = tyro.cli(args_class, description=description, config=(tyro.conf.DisallowNone,))
+    device, data = pick_device(args.device), load_data(args)
+    config = resolve(args, data.task, data, device)
+    folder = Path(args.runs_dir) / f"{data.task.folder}__{args.exp_name}__{args.seed}"
     if hasattr(config, "bf16"):
         config = replace(config, bf16=saved_bf16(folder, stage, args.precision, config.bf16))
     identity = {name: x for name, x in vars(config).items() if name not in NOT_OF_THE_RUN}
+    gamma_is_late = getattr(config, "critic", "none") != "none"
     if gamma_is_late:
         del identity["gamma"]
-    identity["data"] = task.digest
+    identity["data"] = data.task.digest
     policy = load_own(folder / "policy.pt", stage, identity)
-    if policy and policy.get("step") == config.total_steps and all(policy[name] for name in needed):
+    whole = policy and (policy.get("model") or not getattr(config, "model_steps", 0))  # VDT's model comes last
+    if whole and policy.get("step") == config.total_steps:
         print(f"{folder}/policy.pt is finished; nothing to do (another run: --exp-name)")
         sys.exit()
-    return Run(stage, args, config, folder, identity, gamma_is_late, load_own(folder / "resume.pt", stage, identity))
+    state = load_own(folder / "resume.pt", stage, identity)
+    return Run(stage, args, data, config, folder, identity, gamma_is_late, state)
 
 
-def train(found: Run, learner, data, steps: int, columns=None) -> None:
+def train(found: Run, learner, steps: int, columns=None) -> None:
     """Claims the folder, resumes, and goes on to `steps` gradient steps; logs and saves on the way.
 
-    learner: has `metrics`, names; step(i), their values at the i-th step, on the device; `parts`, what resume.pt holds;
+    learner: has `metrics`, names; step(i), their values at the i-th step; `saved_state`, what resume.pt holds;
     content(i), its own part of policy.pt after i steps. columns(i): what metrics.csv says besides.
     """
-    folder = found.folder
+    folder, data = found.folder, found.data
     with claim(folder):
         if found.args.track:
             track(found.args, folder)

@@ -26,35 +26,21 @@ resumes (train_radt.py has the loop around the steps). policy.pt has no expert: 
 import copy
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn as nn
-import tyro
 
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # this folder, and stage 2's
+from train_qt import PAPER, from_stage_1, release_settings
 from train_qt import Args as QTArgs
 from train_qt import Training as QTTraining
-from train_qt import release_settings
-from train_radt import find_run, train
+from train_radt import fill_in, find_run, train
 
-from train_qalign_dt import (
-    MAX_TIMESTEP,
-    Policy,
-    Windows,
-    check_args,
-    descend,
-    load_data,
-    masked_mean,
-    pick_device,
-    preset,
-    pretrained,
-    run,
-    use_bf16,
-)
+from train_qalign_dt import Policy, Windows, check_args, descend, masked_mean, run
 
 
 @dataclass(frozen=True)
@@ -93,10 +79,8 @@ class Config(Args):
     method: str = "RVDT"  # how tables and figures call it
 
 
-PAPER = dict(total_steps=100_000, embed_dim=256, n_layer=4, n_head=4, context_len=20, batch_size=256)
-PAPER |= dict(critic_width=256, actor_lr=3e-4, dropout=0.1)
 SMALL = dict(total_steps=5_000, embed_dim=64, n_layer=2, n_head=2, context_len=10, batch_size=64)
-SMALL |= dict(critic_width=128, actor_lr=1e-3, dropout=0.0)
+SMALL |= dict(critic_width=128, actor_lr=1e-3, dropout=0.0)  # as QT's
 SIGMA = 0.1  # the fixed std
 EXPERT_BATCH, EXPERT_EVERY, EXPERT_PATIENCE = 256, 500, 4  # its held-out loss is looked at every so many steps
 
@@ -104,11 +88,7 @@ EXPERT_BATCH, EXPERT_EVERY, EXPERT_PATIENCE = 256, 500, 4  # its held-out loss i
 def resolve(args: Args, task, data, device: torch.device) -> Config:
     """Fill in the defaults that depend on the task, the data and the hardware."""
     qt = {name: x for name, x in release_settings(task).items() if name != "context_len"}
-    defaults = (SMALL if preset(args, task) == "small" else PAPER) | qt
-    values = vars(args) | defaults | {name: value for name, value in vars(args).items() if value is not None}
-    values["device"] = device.type  # the random streams of CPU and CUDA differ, so a run stays on one kind
-    values["bf16"] = use_bf16(args.precision, device)
-    values["max_timestep"] = max(MAX_TIMESTEP, int(data.lengths.max()))
+    values = fill_in(args, task, data, device, PAPER | qt, SMALL | qt)
     values["critic"] = "none" if args.critic == "none" else "stage 1"
     values["method"] = method_of(values["eta"], args.rebalance, args.std)
     return Config(**values)
@@ -212,23 +192,21 @@ class Expert(nn.Module):
 
 def fit_expert(task, windows: Windows, data, chosen: np.ndarray, config: Config) -> Expert:
     """Imitates D_e, until the loss on its last tenth of episodes (of one episode: of steps) stops falling; frozen."""
+    device = windows.obs.device
     torch.manual_seed(config.seed)
-    generator = torch.Generator(windows.obs.device).manual_seed(config.seed)
-    expert = Expert(task.obs_dim, task.act_dim, config.std == "learned").to(windows.obs.device)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    expert = Expert(task.obs_dim, task.act_dim, config.std == "learned").to(device)
     opt = torch.optim.AdamW(expert.parameters(), lr=3e-4, weight_decay=1e-4, fused=True)
     episodes = [np.arange(data.starts[i], data.ends[i]) for i in np.flatnonzero(chosen)]
     if len(episodes) == 1:
         episodes = np.array_split(episodes[0], min(10, len(episodes[0])))
     test = max(1, len(episodes) // 10)
     parts = episodes[:-test] or episodes, episodes[-test:]  # of a single step: the same
-    device = windows.obs.device
     learn, test = (torch.as_tensor(np.concatenate(x)).to(device) for x in parts)
     best, best_loss, since = copy.deepcopy(expert.state_dict()), math.inf, 0
     for step in range(config.expert_steps):
         i = learn[torch.randint(len(learn), (EXPERT_BATCH,), generator=generator, device=device)]
-        opt.zero_grad()
-        expert.loss(windows.obs[i], windows.act[i]).backward()
-        opt.step()
+        descend(opt, expert.loss(windows.obs[i], windows.act[i]), math.inf)
         if (step + 1) % EXPERT_EVERY == 0 or step + 1 == config.expert_steps:
             expert.eval()
             with torch.no_grad():
@@ -327,18 +305,11 @@ class Training(QTTraining):
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.DisallowNone,))
-    device = pick_device(args.device)
-    data = load_data(args)
-    task, config = data.task, resolve(args, data.task, data, device)
-    found = find_run("train_rvdt", args, config, task, gamma_is_late=config.critic != "none")
-    config, critic_weights = found.config, None
-    if config.eta and config.critic != "none" and not found.state:  # resume.pt holds the critic
-        critic_weights, gamma, _ = pretrained(args, config, data)
-        config = replace(config, gamma=gamma)
-    windows = Windows(data, config.context_len, device)
-    learner = Training(task, windows, data, config, critic_weights, fit=not found.state)
-    train(found, learner, data, config.total_steps)
+    found = find_run("train_rvdt", Args, resolve, __doc__)
+    config, critic_weights = from_stage_1(found)
+    fit = not found.state
+    learner = Training(found.data.task, found.windows(), found.data, config, critic_weights, fit)
+    train(found, learner, config.total_steps)
 
 
 if __name__ == "__main__":

@@ -30,27 +30,21 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn as nn
-import tyro
 
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # this folder, and stage 2's
-from train_radt import RunArgs, find_run, train
+from train_radt import RunArgs, fill_in, find_run, train
 
 from train_qalign_dt import (
     MAX_TIMESTEP,
     Ensemble,
     Policy,
     Windows,
-    check_args,
     descend,
     ema_update,
     fail,
-    load_data,
     make_policy,
     masked_mean,
-    pick_device,
-    preset,
     run,
-    use_bf16,
 )
 
 
@@ -84,10 +78,7 @@ class Args(RunArgs):
     plan_steps: int = 5  # E, the number of Q terms that the planner sums; 1 is greedy
 
     def __post_init__(self):
-        at_least_1 = dict.fromkeys(("embed_dim", "n_layer", "n_head", "context_len", "batch_size", "critic_width"), 1)
-        check_args(self, at_least_1 | {"n_step": 1, "value_steps": 1, "plan_steps": 1, "best_return": -1e9})
-        if self.embed_dim and self.n_head and self.embed_dim % self.n_head:
-            raise ValueError(f"--embed-dim {self.embed_dim} is not a multiple of --n-head {self.n_head}")
+        self.check(n_step=1, value_steps=1, plan_steps=1, best_return=-1e9)
         for name, x in (("gamma", self.gamma), ("expectile", self.expectile)):
             if x is not None and not 0 < x < 1:
                 raise ValueError(f"--{name} {x}: must be between 0 and 1")
@@ -118,12 +109,8 @@ HELD_OUT = 10  # every tenth episode only tests the model
 def resolve(args: Args, task, data, device: torch.device) -> Config:
     """Fill in the defaults that depend on the task, the data and the hardware."""
     expectile = {"expectile": 0.9 if task.body == "antmaze" else 0.7}
-    defaults = (SMALL if preset(args, task) == "small" else PAPER) | expectile
-    values = vars(args) | defaults | {name: value for name, value in vars(args).items() if value is not None}
+    values = fill_in(args, task, data, device, PAPER | expectile, SMALL | expectile)
     values["warm_start_steps"] = min(values["warm_start_steps"], values["value_steps"])
-    values["device"] = device.type  # the random streams of CPU and CUDA differ, so a run stays on one kind
-    values["bf16"] = use_bf16(args.precision, device)
-    values["max_timestep"] = max(MAX_TIMESTEP, int(data.lengths.max()))
     span = float(np.ptp(data.returns))
     values["reward_scale"] = 1000 / span if span and task.body != "antmaze" else 1.0  # IQL's
     values["best_return"] = float(data.returns.max())
@@ -383,18 +370,14 @@ class Training(ValueGuided):
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.DisallowNone,))
-    device = pick_device(args.device)
-    data = load_data(args)
-    task, config = data.task, resolve(args, data.task, data, device)
-    found = find_run("train_vdt", args, config, task, needed=("model",) if config.model_steps else ())
-    config = found.config
-    learner = Training(task, data, Windows(data, config.context_len, device), config)
+    found = find_run("train_vdt", Args, resolve, __doc__)
+    task, config = found.data.task, found.config
+    learner = Training(task, found.data, found.windows(), config)
     if not len(learner.rows.usable) or config.model_steps and not (len(learner.rows.learn) and len(learner.rows.test)):
         fail(f"{task.label}: too few episodes of more than one step; the model needs {HELD_OUT} (or --model-steps 0)")
     phases = (config.value_steps, config.total_steps, config.model_steps)
     print(f"{phases[0]:,} steps of Q and V, {phases[1]:,} of the policy, {phases[2]:,} of the model")
-    train(found, learner, data, sum(phases))
+    train(found, learner, sum(phases))
     if config.model_steps:
         *r2, reward = learner.model_r2()
         print(f"model: R^2 on held-out episodes {np.mean(r2):.3f} (lowest {min(r2):.3f}), reward {reward:.3f}")
