@@ -30,7 +30,7 @@ import torch.nn.functional as F
 import tyro
 
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # this folder, and stage 2's
-from train_radt import RunArgs
+from train_radt import NOT_OF_THE_RUN, RunArgs
 from train_vdt import Transitions, ValueGuided
 
 from train_qalign_dt import (
@@ -54,6 +54,7 @@ from train_qalign_dt import (
     run,
     save_checkpoint,
     save_resume,
+    track,
 )
 
 
@@ -181,7 +182,7 @@ class Tuning(ValueGuided):
             self.critic.load_state_dict(content["critic"])
             self.value.load_state_dict(content["value"])
 
-    def round(self, data, task, updates: int, lr: float) -> None:
+    def round(self, data, updates: int, lr: float) -> None:
         windows = Windows(data, self.config.context_len, self.generator.device)
         if self.is_vdt:
             rows = Transitions(data, windows, self.config)
@@ -206,7 +207,7 @@ def main() -> None:
     task = offline.task
     config = tuned_config(path, content, args, offline)
     env_steps = args.env_steps or (20_000 if preset(args, task) == "small" else 200_000)
-    identity = {name: value for name, value in vars(args).items() if name not in NOT_OF_THE_RUN}
+    identity = {name: value for name, value in vars(args).items() if name not in (*NOT_OF_THE_RUN, "checkpoint")}
     weights = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in content["policy"].values())).hexdigest()[:16]
     identity |= {"env_steps": env_steps, "device": device.type, "data": task.digest, "tuned": weights}
     folder = Path(args.runs_dir) / f"{task.folder}__{args.exp_name}__{args.seed}"
@@ -214,15 +215,15 @@ def main() -> None:
     state = load_own(folder / "resume.pt", "tune_vdt", identity)
 
     with claim(folder):
+        if args.track:
+            track(args, folder)
         learner, buffer = Tuning(task, config, content, device), Buffer(offline, args.capacity)
         sums, done = torch.zeros(1, device=device), Progress()
         if state:
             done = restore(state, folder / "resume.pt", learner, sums, 10**9, Progress)
             buffer.load(state["buffer"])
             learner.noise.set_state(state["noise"])
-        print(
-            f"{folder}: {label} of {path}, {len(buffer.slots):,} trajectories in the buffer, {done.step:,} steps used"
-        )
+        print(f"{folder}: {label} of {path}, {len(buffer.slots):,} buffered trajectories, {done.step:,} steps used")
         log, policy, K, rows = Log(folder, "online", done.rows), learner.policy, config.context_len, done.rows
 
         def evaluate() -> float:
@@ -246,10 +247,9 @@ def main() -> None:
             while done.step < env_steps:
                 episode = rows[-1]["episodes"] + 1
                 seed, request = 10**6 * args.seed + episode, asked_return(best, args.request)
-                noise = dict(noise=args.noise, generator=learner.noise)
-                trajectory = run_episode(policy, task, K, request, offline, seed, **noise)
+                trajectory = run_episode(policy, task, K, request, offline, seed, args.noise, learner.noise)
                 buffer.add(trajectory)
-                learner.round(buffer.dataset(offline), task, args.updates, args.policy_lr)
+                learner.round(buffer.dataset(offline), args.updates, args.policy_lr)
                 check_finite(learner, sums, done.step)
                 rewards = trajectory[2]
                 done.step = used = done.step + len(rewards)
@@ -266,9 +266,6 @@ def main() -> None:
     before, after = rows[0]["score"], rows[-1]["score"]
     print(f"score at the best offline return, {best:.0f}: {before:.1f} before, {after:.1f} after {done.step:,} steps")
     print(f"{folder}/policy.pt")
-
-
-NOT_OF_THE_RUN = ("checkpoint", "dataset_path", "runs_dir", "preset", "track", "checkpoint_minutes")  # of Args
 
 
 @dataclass
