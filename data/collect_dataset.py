@@ -280,8 +280,7 @@ def main() -> None:
         load_replay(folder / "replay.bin", replay[: done.step], done.checksum)
         if 0 < done.step < args.total_steps:
             envs.replay(replay[: done.step].reshape(-1, n))
-        where = f"step {done.step:,} of {args.total_steps:,}"
-        print(f"{folder}: SAC on {args.env_id}, {n} environments in lockstep, {where}")
+        print(f"{folder}: SAC on {args.env_id}, {n} environments, step {done.step:,} of {args.total_steps:,}")
         metrics, evaluations = Log(folder, "metrics", done.rows), Log(folder, "evaluations", done.returns)
         every, step = args.eval_every or EVAL_EVERY, done.step
         with progress_bar(args.total_steps, step, f"SAC {args.env_id}") as bar:
@@ -312,9 +311,8 @@ def main() -> None:
                     check_finite(learner, sums, step)
                     metrics.write({"step": step, **dict(zip(learner.metrics, (sums / sums[-1]).tolist()))})
                     sums.zero_()
-        returns = done.returns
 
-        known = {row["step"]: row["return"] for row in returns if row["step"] < args.total_steps + n}
+        known = {row["step"]: row["return"] for row in done.returns if row["step"] < args.total_steps + n}
         policies, problems = choose_policies(known, args.medium_return), []  # as of --total-steps, if the run is longer
         for quality, path in files.items():
             steps = policies[quality]
@@ -325,6 +323,7 @@ def main() -> None:
                 print(f"{path} is there already")
             elif len(found := collect(quality, steps, replay, folder, learner.actor, args)):
                 (write_minari if minari else write_hdf5)(path, found, attributes[quality])
+                describe(path, found)
             else:
                 problems.append(f"{path}: no whole episode; try a larger --transitions or a smaller --num-envs")
     if problems:
@@ -451,7 +450,7 @@ def is_there(path: Path, attributes: dict) -> bool:
 
 
 def write_hdf5(path: Path, rows: np.ndarray, attributes: dict) -> None:
-    """D4RL's keys and some attributes. Says what is in it."""
+    """D4RL's keys and some attributes."""
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as f:
         for key in D4RL_KEYS:
@@ -463,11 +462,10 @@ def write_hdf5(path: Path, rows: np.ndarray, attributes: dict) -> None:
     for left in path.parent.glob(f"{path.name}.*.tmp"):  # of a killed process
         left.unlink()
     write_file(path, buffer.getbuffer())
-    describe(path, rows)
 
 
 def write_minari(path: Path, rows: np.ndarray, attributes: dict) -> None:
-    """Minari's layout, by Minari, and the same attributes. Says what is in it."""
+    """Minari's layout, by Minari, and the same attributes."""
     from minari import create_dataset_from_buffers
     from minari.data_collector import EpisodeBuffer
 
@@ -486,7 +484,6 @@ def write_minari(path: Path, rows: np.ndarray, attributes: dict) -> None:
             f.attrs.update(attributes)
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(folder / name, root / name)  # whole or not at all
-    describe(path, rows)
 
 
 def describe(path: Path, rows: np.ndarray) -> None:
