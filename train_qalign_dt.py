@@ -979,7 +979,7 @@ def claim(folder: Path, wait: bool = False):
         print(f"{folder}: waiting for another process that writes it (Ctrl-C ends this one)", flush=True)
         held = lock.acquire()
     with held:
-        ours = r"(resume|critic|policy(_\d+)?|metrics|evaluations|online|report)\.(pt|csv|json)\.\d+\.tmp"
+        ours = r"(dataset|resume|critic|policy(_\d+)?|metrics|evaluations|online|report)\.(pt|csv|json)\.\d+\.tmp"
         for left in folder.iterdir():
             if re.fullmatch(ours, left.name):
                 left.unlink()

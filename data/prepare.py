@@ -40,7 +40,7 @@ import tyro
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # stage 2, for what stages read and write alike
-from train_qalign_dt import Task, claim, fail, load_checkpoint, make_env, one_line, printable, run, save_checkpoint
+from train_qalign_dt import FORMAT, Task, claim, fail, load_checkpoint, make_env, one_line, printable, run
 
 
 @dataclass(frozen=True)
@@ -491,7 +491,7 @@ def content(task, observations, actions, rewards, terminals, ends, label: str, i
     task = Task(**fields, label=label, is_d4rl=is_d4rl, digest=digest, sources=sources)
     arrays |= dict(obs_mean=mean.astype(np.float32), obs_std=scale.astype(np.float32))
     tensors = {name: torch.from_numpy(x).contiguous() for name, x in arrays.items()}
-    return dict(stage="prepare", task=asdict(task)) | tensors
+    return dict(stage="prepare", format=FORMAT, task=asdict(task)) | tensors
 
 
 # ---- dataset.pt ----
@@ -522,7 +522,14 @@ def prepare(env: str, dataset_path: tuple[str, ...] = (), runs_dir: str = "runs"
     with claim(folder, wait=True):
         if path.exists() and (there := current(path, paths)):  # another process has been faster
             return there
-        save_checkpoint(path, found)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            torch.save(found, temporary)  # streamed: the file is not built in memory
+            os.replace(temporary, path)
+        except RuntimeError as error:  # torch's for a full disk
+            raise OSError(f"{temporary}: {one_line(error.__context__ or error)}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
     rows, episodes, sha = len(found["rewards"]), len(found["ends"]), found["task"]["sources"][0]["sha256"][:16]
     print(f"{path}: {found['task']['label']}, {rows:,} transitions, {episodes:,} episodes, sha256 {sha}...")
     return found
