@@ -30,16 +30,17 @@ from pathlib import Path
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # while modules load
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"error: interrupted\n"), os._exit(130)))
 
-import collect_maze2d
 import gymnasium
 import h5py
 import numpy as np
-import qalign_mazes
 import torch
 import tyro
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # stage 2, for what stages read and write alike
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # this folder, and stage 2's
+import collect_maze2d
+import qalign_mazes
+
 from train_qalign_dt import FORMAT, Task, claim, fail, load_checkpoint, make_env, one_line, printable, run
 
 
@@ -524,7 +525,8 @@ def prepare(env: str, dataset_path: tuple[str, ...] = (), runs_dir: str = "runs"
             return there
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
-            torch.save(found, temporary)  # streamed: the file is not built in memory
+            with open(temporary, "wb") as f:
+                torch.save(found, f)  # streamed: the file is not built in memory
             os.replace(temporary, path)
         except RuntimeError as error:  # torch's for a full disk
             raise OSError(f"{temporary}: {one_line(error.__context__ or error)}") from error

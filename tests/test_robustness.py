@@ -291,11 +291,11 @@ READERS = {
     "dataset, stage 1": set(),
     "dataset, stage 2": set(),
     "dataset, prepare": {"observations", "actions", "rewards", "terminals", "ends", "obs_mean", "obs_std"},
-    "critic, stage 2": {"data", "report"},  # labels, and AntMaze's scale
+    "critic, stage 2": {"data"},  # labels
     "resume of stage 1, stage 1": set(),
     "resume, stage 2": set(),
-    "policy, stage 3": {"critic"},  # only its correlations are missing then
-    "policy, transfer": {"critic", "gamma"},
+    "policy, stage 3": {"critic", "q_scale"},  # only its correlations are missing then
+    "policy, transfer": {"critic", "gamma", "q_scale"},
 }
 SIZES = {"embed_dim", "n_layer", "n_head", "context_len", "max_timestep", "seed", "total_steps", *stage3.OURS}
 CONFIG_READ = {  # all that these read of the configuration; the others read the whole of it
