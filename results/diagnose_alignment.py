@@ -80,7 +80,9 @@ def measure(trained, critic, data, args: Args) -> list[dict]:
     """One row per group of timesteps, from the first to the last."""
     task, policy = trained.task, trained.policy
     try:
-        q_scale = float(trained.content["q_scale"])
+        q_scale = trained.content["q_scale"]
+        if not (stage2.fits(q_scale, float) and q_scale > 0):
+            raise ValueError("q_scale")
         config = stage2.Config(**{k: v for k, v in trained.content["config"].items() if k in vars(stage2.Config())})
     except (KeyError, TypeError, ValueError) as error:
         stage2.fail(f"{trained.path}: not a whole checkpoint ({stage2.one_line(error)}); train it again")

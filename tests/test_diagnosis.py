@@ -105,8 +105,9 @@ def test_an_edited_configuration_is_one_line(pipeline, run_main, tmp_path, monke
     shutil.copytree(pipeline.runs / f"{ENV}__data", tmp_path / f"{ENV}__data")
     (tmp_path / "run").mkdir()
     content = torch.load(pipeline.policy, weights_only=True)
-    for change in ({"sigma_e": -1.0}, {"embed_dim": None}, {"rtg_range": (2.0, 1.0)}, {"actor_lr": "x", "n_head": 3}):
-        torch.save(content | {"config": content["config"] | change}, tmp_path / "run" / "policy.pt")
+    changes = ({"sigma_e": -1.0}, {"embed_dim": None}, {"rtg_range": (2.0, 1.0)}, {"actor_lr": "x", "n_head": 3})
+    for change in (*({"config": content["config"] | one} for one in changes), {"q_scale": 0}, {"q_scale": "x"}):
+        torch.save(content | change, tmp_path / "run" / "policy.pt")
         code, _, err = run_main(diagnosis, tmp_path / "run" / "policy.pt")
         assert code == 2 and err.count("\n") == 1 and "not a whole checkpoint" in err, (change, err)
 
