@@ -549,7 +549,8 @@ def main() -> None:
     device, path = pick_device(args.device), policy_path(args, "hopper-mini")
     if args.export:
         trained = load_policy(path, "fp32", torch.device("cpu"))
-        return export(with_context(trained, args.context), Path(args.export))
+        export(with_context(trained, args.context), Path(args.export))
+        return
     policies = [with_context(load_policy(Path(p), args.precision, device), args.context) for p in (path, *args.compare)]
     trained, task = policies[0], policies[0].task
     if args.env and args.env != task.name:
@@ -901,7 +902,7 @@ def run(main) -> None:
     try:
         main()
     except (KeyboardInterrupt, OSError, MemoryError, FloatingPointError, RuntimeError) as error:
-        # there is no class for no more memory or threads, or for a missing compiler; any other RuntimeError is a bug
+        # torch raises RuntimeError for want of memory, threads or a compiler; any other is a bug
         if isinstance(error, RuntimeError) and not re.search("memory|thread|compiler", str(error)):
             raise
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error)
@@ -1021,7 +1022,7 @@ def pick_device(name: str) -> torch.device:
 
 # ======== shared: environment ========
 def make_env(env_id: str, kwargs: dict | None = None, sizes: tuple[int, int] | None = None):
-    """Gymnasium's environment without its time limit; observations a vector, actions in [-1, 1]. Exits 2 on others."""
+    """Gymnasium's environment without time limit: vector observations, actions in [-1, 1], of `sizes`. Else exits 2."""
     if "mujoco" not in sys.modules:  # make_renderer imports it first: nothing will be rendered, so look for no OpenGL
         os.environ["MUJOCO_GL"] = "disable"
     import mujoco
@@ -1049,8 +1050,8 @@ def make_env(env_id: str, kwargs: dict | None = None, sizes: tuple[int, int] | N
         low, high = env.action_space.low, env.action_space.high
         if len(env.observation_space.shape) != 1 or low.ndim != 1 or not np.isfinite([low, high]).all():
             raise ValueError("observations must be numbers, and actions a bounded vector")
-        found = env.observation_space.shape + low.shape  # D4RL pads Ant's observations with zeros
-        if sizes not in (None, found) and (env_id, bool(kwargs), sizes) != ("Ant-v4", False, (111, 8)):
+        found, padded = env.observation_space.shape + low.shape, ("Ant-v4", False, (111, 8))  # by D4RL, with zeros
+        if sizes not in (None, found) and (env_id, bool(kwargs), sizes) != padded:
             raise ValueError(f"obs_dim and act_dim are {found}, not {sizes}")
         if (low != -1).any() or (high != 1).any():
             env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))

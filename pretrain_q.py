@@ -456,7 +456,7 @@ def run(main) -> None:
     try:
         main()
     except (KeyboardInterrupt, OSError, MemoryError, FloatingPointError, RuntimeError) as error:
-        # there is no class for no more memory or threads, or for a missing compiler; any other RuntimeError is a bug
+        # torch raises RuntimeError for want of memory, threads or a compiler; any other is a bug
         if isinstance(error, RuntimeError) and not re.search("memory|thread|compiler", str(error)):
             raise
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error)

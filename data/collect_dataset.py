@@ -456,7 +456,7 @@ def write_hdf5(path: Path, rows: np.ndarray, attributes: dict) -> None:
         for key in D4RL_KEYS:
             f.create_dataset(key, data=rows[key], compression="gzip", shuffle=True)
         command = shlex.join(["python", "data/collect_dataset.py", *sys.argv[1:]])
-        f.attrs.update(attributes | {"command": command.encode(errors="replace").decode()})  # no name but UTF-8
+        f.attrs.update(attributes | {"command": command.encode(errors="replace").decode()})  # may not be UTF-8
     if os.path.lexists(path):  # it was not when this process began
         fail(f"{path} is there by now: another process has written it; choose another --out-dir")
     for left in path.parent.glob(f"{path.name}.*.tmp"):  # of a killed process

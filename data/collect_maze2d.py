@@ -150,7 +150,7 @@ def main() -> None:
                 f.create_dataset(key, data=array, compression="gzip", shuffle=True)
             f.attrs.update(env_id=args.env, seed=args.seed, transitions=transitions)
             command = shlex.join(["python", "data/collect_maze2d.py", *sys.argv[1:]])
-            f.attrs["command"] = command.encode(errors="replace").decode()  # names of files need not be UTF-8
+            f.attrs["command"] = command.encode(errors="replace").decode()  # file names may not be UTF-8
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -160,7 +160,7 @@ def main() -> None:
 
 def run(main) -> None:
     """main(); Ctrl-C (exit 130) and errors of the system (exit 1: disk, memory) end in one line on stderr."""
-    sys.stdout.reconfigure(errors="replace")  # names of files
+    sys.stdout.reconfigure(errors="replace")  # file names may not be UTF-8
     try:
         main()
     except KeyboardInterrupt:

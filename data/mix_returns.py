@@ -85,7 +85,7 @@ def main() -> None:
     except OSError as error:
         fail(f"cannot write {args.out} ({' '.join(str(error).split())})")
     finally:
-        if os.path.lexists(temporary):  # not so where its name is too long
+        if os.path.lexists(temporary):  # unlink itself would fail on a name that is too long
             temporary.unlink()
     episodes = f"{len(chosen)} of {len(ends)} episodes, {len(set(chosen))} different, {len(rows):,} transitions"
     low, high, mean = returns[chosen].min(), returns[chosen].max(), returns[chosen].mean()
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # names of files
+    sys.stdout.reconfigure(errors="replace")  # file names may not be UTF-8
     try:
         main()
     except KeyboardInterrupt:

@@ -288,7 +288,7 @@ def read_array(f: h5py.Group, key: str) -> np.ndarray:
         raise ValueError(f"no array of numbers {key!r} in {f.name if f.name != '/' else 'this file'}")
     if x.external:
         raise ValueError(f"{key!r} lies in another file (HDF5's external raw data), which is not read")
-    if x.nbytes > 10**8 + 2000 * x.id.get_storage_size():  # more than any compression
+    if x.nbytes > 10**8 + 2000 * x.id.get_storage_size():  # no compression saves as much
         raise ValueError(f"{key!r} has {x.size:,} numbers, most of which were never written")
     return np.asarray(x)
 

@@ -216,7 +216,7 @@ def test_an_untrained_policy_can_be_saved(tmp_path, run_main, hopper_file):
 
 
 def test_stage_2_trains_a_missing_critic_first(tmp_path, run_main, hopper_file, monkeypatch):
-    """With the env, seed, data, folder, device and width of its own command line; then it uses the critic's gamma."""
+    """With the env, seed, data, folder, device, preset and width of its own flags; then it uses the critic's gamma."""
     outcome = {}
 
     def in_this_process(command, **options):
@@ -225,11 +225,11 @@ def test_stage_2_trains_a_missing_critic_first(tmp_path, run_main, hopper_file, 
         return subprocess.CompletedProcess(command, outcome["stage 1"][0])
 
     monkeypatch.setattr(stage2.subprocess, "run", in_this_process)
-    flags = ["--seed", 3, "--total-steps", 2]
+    flags = ["--seed", 3, "--total-steps", 2, "--preset", "small"]
     code, out, err = run_main(stage2, *argv(hopper_file, tmp_path, *TINY2, *flags))
     assert code == 0 and "starting pretrain_q.py" in out, (err, outcome)
     critic = load(tmp_path / f"{ENV}__pretrain_q__3" / "critic.pt")["config"]
-    assert (critic["seed"], critic["critic_width"], critic["device"]) == (3, 16, "cpu")
+    assert [critic[name] for name in ("seed", "critic_width", "device", "lr")] == [3, 16, "cpu", 3e-4]  # small: 3e-4
     assert load(tmp_path / f"{ENV}__train_qalign_dt__3" / "policy.pt")["gamma"] == critic["gamma"] == 0.9
 
 
