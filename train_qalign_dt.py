@@ -20,6 +20,7 @@ resumes. The paper's size wants a GPU.
 
 import contextlib
 import copy
+import hashlib
 import importlib
 import io
 import math
@@ -546,7 +547,7 @@ def add_noise(a_shifted, a_hat, batch: Batch, ratio: float, generator: torch.Gen
 
 def actor_loss(policy, critic, batch: Batch, q_scale: float, config: Config, generator: torch.Generator):
     """L_SL + lambda_e L_align, Eq. 6, and the values to log by their names in METRICS."""
-    # drawn for a DT as well: its windows are then those of a Q-Align DT with the same seed
+    # drawn for a DT as well: its windows are then those of a Q-Align DT with the same seed and no noise of any kind
     delta = config.sigma_e * torch.randn(len(batch.rtg), 1, generator=generator, device=batch.rtg.device)  # per window
     metrics, align = {}, 0.0
     if config.lambda_e == 0:
@@ -554,8 +555,9 @@ def actor_loss(policy, critic, batch: Batch, q_scale: float, config: Config, gen
     else:
         perturbed, applied = shift_rtg(batch, delta.abs() if config.half_normal else delta, config.rtg_range)
         # clean and perturbed windows in one forward pass; dropout draws an independent mask for each
-        both = [torch.cat(pair) for pair in zip(batch.inputs, perturbed)]
-        (a_hat, a_shifted), (s_hat, _) = (x.chunk(2) for x in policy(*both))
+        a_both, s_both = policy(*(torch.cat(pair) for pair in zip(batch.inputs, perturbed)))
+        a_hat, a_shifted = a_both.chunk(2)
+        s_hat, _ = s_both.chunk(2)
         a_plus, a_base = a_shifted, a_hat  # where Q is compared
         if config.action_noise:
             a_plus, a_base = add_noise(a_shifted, a_hat, batch, config.action_noise, generator)
@@ -605,7 +607,8 @@ class CoTraining:
         self.saved_state = nets | dict(actor_opt=self.actor_opt, critic_opt=self.critic_opt)  # what resume.pt holds
         self.eval_policy = self.policy  # what is evaluated and saved
         if config.average:
-            self.eval_policy = self.saved_state["average"] = copy.deepcopy(self.target_policy)
+            self.eval_policy = copy.deepcopy(self.policy).requires_grad_(False).eval()
+            self.saved_state["average"] = self.eval_policy
 
     def set_learning_rates(self, step: int) -> float:
         """Both decay to 0 along a cosine, except the actor's where its weights are averaged; returns the actor's."""
@@ -662,7 +665,8 @@ def evaluate(policy: Policy, data: Dataset, config: Config) -> list[float]:
     rtg, obs, act = torch.zeros(n, K), torch.zeros(n, K, task.obs_dim), torch.zeros(n, K, task.act_dim)
     for t in range(task.horizon):
         rtg, obs, act = (x.roll(-1, dims=1) for x in (rtg, obs, act))  # the last K steps, padded on the left
-        rtg[:, -1], act[:, -1] = torch.as_tensor(left / task.rtg_scale), 0
+        rtg[:, -1] = torch.as_tensor(left / task.rtg_scale)
+        act[:, -1] = 0
         raw = torch.as_tensor(np.stack(observations), dtype=torch.float32)
         obs[:, -1] = (F.pad(raw, (0, task.obs_dim - raw.shape[1])) - data.obs_mean) / data.obs_std  # Ant: D4RL's zeros
         times = torch.arange(t + 1 - K, t + 1).expand(n, K)
@@ -692,11 +696,15 @@ def main() -> None:
     config = replace(config, bf16=saved_bf16(folder, STAGE, args.precision, config.bf16))
     identity = {name: value for name, value in vars(config).items() if name not in NOT_OF_THE_RUN}
     identity["data"] = task.digest
+    if args.critic and config.lambda_e > 0:  # another critic is another run
+        load_checkpoint(Path(args.critic), "pretrain_q")
+        identity["critic"] = hashlib.sha256(Path(args.critic).read_bytes()).hexdigest()[:16]
     finished = load_own(folder / "policy.pt", STAGE, identity)
     if finished and fits(finished.get("step"), int) and finished["step"] == config.total_steps:
         print(f"{folder}/policy.pt is finished; nothing to do (another run: --exp-name)")
         return
-    state, stage_1 = load_own(folder / "resume.pt", STAGE, identity), None
+    state = load_own(folder / "resume.pt", STAGE, identity)
+    stage_1 = None
     if config.lambda_e > 0 and not state:  # resume.pt holds the critic: stage 1's is no longer needed
         stage_1 = pretrained(args, config, data)
 
@@ -1107,9 +1115,8 @@ def track(args, folder: Path) -> None:
 
 def saved_bf16(folder: Path, stage: str, precision: str, ours: bool) -> bool:
     """The arithmetic that a run began with: with --precision auto it stays, on other hardware too."""
-    path = folder / "resume.pt"
-    if precision == "auto" and os.path.lexists(path):
-        config = load_checkpoint(path, stage).get("config")
+    for path in (folder / "resume.pt", folder / "policy.pt") if precision == "auto" else ():
+        config = load_checkpoint(path, stage).get("config") if os.path.lexists(path) else None
         if isinstance(config, dict) and config.get("bf16") is (not ours):
             print(f"{path} began with {'float32' if ours else 'bfloat16'} blocks, and so it continues")
             return not ours

@@ -459,8 +459,8 @@ def table(record: dict, result: dict) -> str:
 
 # ======== shared: results ========
 BASELINES = ("train_radt", "train_vdt", "tune_vdt", "train_qt", "train_rvdt")  # in baselines/, with policies as here
-OURS = ("lambda_e", "max_push", "action_noise", "dropout", "average", "eval_context_len", "alignment")
-OURS += ("conv", "state_loss")  # what result files say of a Q-Align DT
+OURS = ("lambda_e", "sigma_e", "delta_rtg", "max_push", "action_noise", "dropout", "average", "eval_context_len")
+OURS += ("alignment", "conv", "state_loss", "update_q", "q_noise")  # what result files say of a Q-Align DT
 
 
 class Trained(NamedTuple):
@@ -489,8 +489,12 @@ def method_of(lambda_e: float, conv: bool, state_loss: bool) -> str:
 
 
 def label_of(record: dict) -> str:
-    ours = ("max_push", "action_noise", "average") if record.get("lambda_e") else ("average",)
+    """A legend's text: with what makes two runs of one method differ."""
+    ours = ("max_push", "action_noise", "average", "q_noise") if record.get("lambda_e") else ("average",)
     ours = "".join(f", {name} {record[name]:g}" for name in ours if record.get(name))
+    if record.get("lambda_e"):
+        ours += f", {record['alignment']}" * (record["alignment"] != "one-sided")
+        ours += ", fixed critic" * (not record["update_q"])
     return f"{record['method']}, seed {record['seed']}{ours}"
 
 

@@ -136,6 +136,9 @@ def test_compare_writes_both_into_the_files_of_the_first(pipeline, run_main, tmp
     assert [r["target_return"] for r in other["sweep"]] == [r["target_return"] for r in result["sweep"]]
     label = "Q-Align DT, seed 1, max_push 0.3, action_noise 0.3, average 0.002"
     assert stage3.label_of(result) == label and stage3.label_of(other) == "DT, seed 1, average 0.002"
+    ablation = result | dict(alignment="squared", update_q=False, q_noise=5.0, max_push=0)
+    label = "Q-Align DT, seed 1, action_noise 0.3, average 0.002, q_noise 5, squared, fixed critic"
+    assert stage3.label_of(ablation) == label
     rows = read_csv(tmp_path / "alignment.csv")
     assert [row["checkpoint"] for row in rows] == [str(own)] * 14 + [str(dt)] * 14  # 12 targets, 2 high ones
     assert "note:" not in out
@@ -207,6 +210,23 @@ def test_a_fixed_critic_does_not_move(pipeline, run_main, hopper_file, tmp_path)
     for path, moved in ((tmp_path / f"{ENV}__train_qalign_dt__1" / "policy.pt", False), (pipeline.policy, True)):
         policy = load(path)
         assert any(not torch.equal(value, policy["critic"][key]) for key, value in critic.items()) == moved
+
+
+def test_another_critic_is_another_run(pipeline, run_main, hopper_file, tmp_path):
+    """By its content, not by its name; by default it is the one of the env and the seed."""
+    same, other = shutil.copy(pipeline.critic, tmp_path / "same.pt"), tmp_path / "other.pt"
+    content = load(pipeline.critic)
+    torch.save(content | {"critic": {name: x + 1 for name, x in content["critic"].items()}}, other)
+
+    def go(critic):
+        flags = [*TINY2, "--critic", critic, "--total-steps", 2]
+        return run_main(stage2, *argv(hopper_file, tmp_path / "runs", *flags))
+
+    assert go(pipeline.critic)[0] == 0
+    assert "is finished" in go(same)[1]
+    before = tree(tmp_path / "runs")
+    code, _, err = go(other)
+    assert code == 2 and "policy.pt is of another run (critic " in error_line(err) and tree(tmp_path / "runs") == before
 
 
 def test_an_untrained_policy_can_be_saved(tmp_path, run_main, hopper_file):
@@ -748,6 +768,7 @@ def test_a_run_goes_on_in_the_arithmetic_it_began_with(pipeline, run_main, hoppe
                 name = {"bf16": "bfloat16", "fp32": "float32"}[began]
                 assert (f"began with {name} blocks, and so it continues\n" in out) == (precision == "auto")
                 assert_same_run(*(tmp_path / x / FOLDER2 for x in (f"{began} whole", runs)), "policy.pt", ("policy",))
+            (tmp_path / began / FOLDER2 / "resume.pt").unlink()  # then policy.pt says it
             assert "is finished" in go(began, "auto")[1]
         code, out, err = go(f"{began} named", "auto" if stage2.use_bf16("auto", CPU) == (began == "bf16") else began)
         assert code == 0 and "is finished" in out and "continues" not in out  # where nothing differs, nothing is said
