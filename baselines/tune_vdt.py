@@ -39,13 +39,14 @@ from train_qalign_dt import (
     Windows,
     check_args,
     check_finite,
+    check_same,
     claim,
     fail,
     load_checkpoint,
     load_data,
     load_own,
     make_env,
-    make_policy,  # noqa: F401, by this name stages 3 and 4 ask for a baseline's policy
+    make_policy,  # by this name stages 3 and 4 ask for a baseline's policy, too
     one_line,
     pick_device,
     preset,
@@ -286,11 +287,10 @@ def tuned_config(path: Path, content: dict, args: Args, offline) -> Config:
             fail(f"{path} was trained on {there['label']}, not on {offline.task.label}; --dataset-path?")
         if not is_vdt and found["lambda_e"] > 0:
             fail(f"{path}: of Q-Align DT; VDT's tuning knows its own policies and DTs (--lambda-e 0)")
-        if not content["policy"]:
-            raise ValueError("no policy")
+        check_same(content["policy"], make_policy(offline.task, found, False).state_dict(), "policy")
         values = {x.name: found[x.name] for x in fields(Config) if x.name in found}
         return Config(**values | {"seed": args.seed})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # an edited file can break in any way
         fail(f"{path}: not a whole checkpoint ({one_line(error)}); train it again")
 
 
