@@ -111,16 +111,9 @@ class Task:
         if not possible or not readable or not all(0 < n <= 10**6 for n in sizes):
             raise ValueError("a number or a text of the task is impossible")
 
-    @property
-    def folder(self) -> str:
-        return self.name.replace("/", "--")  # what run folders start with
-
     def score(self, returns):
         """D4RL score: 0 for a random policy's return, 100 for an expert's."""
         return 100 * (returns - self.ref_min) / (self.ref_max - self.ref_min)
-
-    def summary(self) -> dict:
-        return {"label": self.label, "is_d4rl": self.is_d4rl, "digest": self.digest}
 
 
 # ======== end of shared: data ========
@@ -648,7 +641,8 @@ class Trained(NamedTuple):
         names = ("seed", "total_steps", *(() if "method" in config else OURS))
         method = config.get("method") or method_of(config["lambda_e"], config["conv"], config["state_loss"])
         about = {"checkpoint": str(self.path), "method": method, "step": self.content["step"], "env": self.task.name}
-        return about | {"trained_on": self.task.summary()} | {name: config[name] for name in names}
+        data = {name: getattr(self.task, name) for name in ("label", "is_d4rl", "digest")}
+        return about | {"trained_on": data} | {name: config[name] for name in names}
 
 
 def method_of(lambda_e: float, conv: bool, state_loss: bool) -> str:

@@ -129,16 +129,9 @@ class Task:
         if not possible or not readable or not all(0 < n <= 10**6 for n in sizes):
             raise ValueError("a number or a text of the task is impossible")
 
-    @property
-    def folder(self) -> str:
-        return self.name.replace("/", "--")  # what run folders start with
-
     def score(self, returns):
         """D4RL score: 0 for a random policy's return, 100 for an expert's."""
         return 100 * (returns - self.ref_min) / (self.ref_max - self.ref_min)
-
-    def summary(self) -> dict:
-        return {"label": self.label, "is_d4rl": self.is_d4rl, "digest": self.digest}
 
 
 # ======== end of shared: data ========
@@ -369,7 +362,7 @@ def main() -> None:
     dataset = load_data(args)
     task, args = dataset.task, resolve(args, dataset.task, device)
     identity = {name: x for name, x in vars(args).items() if name not in NOT_OF_THE_RUN} | {"data": task.digest}
-    folder = Path(args.runs_dir) / f"{task.folder}__{args.exp_name}__{args.seed}"
+    folder = Path(args.runs_dir) / f"{args.env.replace('/', '--')}__{args.exp_name}__{args.seed}"
     data = Transitions(dataset, device, args.gamma)
     if not len(data.usable):
         fail(f"{task.label}: no transition with a successor or a terminal in it; the critic needs longer episodes")
@@ -408,7 +401,8 @@ def main() -> None:
                     save_resume(folder, dict(stage=STAGE, config=identity), learner, sums, done)
                     saved = time.monotonic()
         save_resume(folder, dict(stage=STAGE, config=identity), learner, sums, done)
-        about, result = dict(data=task.summary(), config=identity), report(learner)
+        data_set = dict(label=task.label, is_d4rl=task.is_d4rl, digest=task.digest)
+        about, result = dict(data=data_set, config=identity), report(learner)
         write_file(folder / "report.json", (json.dumps({"env": args.env} | about | result, indent=2) + "\n").encode())
         critic = learner.critic.state_dict()
         save_checkpoint(folder / "critic.pt", about | dict(stage=STAGE, report=result, critic=critic))

@@ -213,16 +213,9 @@ class Task:
         if not possible or not readable or not all(0 < n <= 10**6 for n in sizes):
             raise ValueError("a number or a text of the task is impossible")
 
-    @property
-    def folder(self) -> str:
-        return self.name.replace("/", "--")  # what run folders start with
-
     def score(self, returns):
         """D4RL score: 0 for a random policy's return, 100 for an expert's."""
         return 100 * (returns - self.ref_min) / (self.ref_max - self.ref_min)
-
-    def summary(self) -> dict:
-        return {"label": self.label, "is_d4rl": self.is_d4rl, "digest": self.digest}
 
 
 # ======== end of shared: data ========
@@ -692,7 +685,7 @@ def main() -> None:
     device = pick_device(args.device)
     data = load_data(args)
     task, config = data.task, resolve(args, data, device)
-    folder = Path(args.runs_dir) / f"{task.folder}__{args.exp_name}__{args.seed}"
+    folder = Path(args.runs_dir) / f"{args.env.replace('/', '--')}__{args.exp_name}__{args.seed}"
     config = replace(config, bf16=saved_bf16(folder, STAGE, args.precision, config.bf16))
     identity = {name: value for name, value in vars(config).items() if name not in NOT_OF_THE_RUN}
     identity["data"] = task.digest
@@ -775,7 +768,8 @@ class Progress:
 def pretrained(args: Args, config: Config, data: Dataset) -> tuple[dict, float, float]:
     """Stage 1's critic, trained if it is missing: weights, discount, Eq. 5's divisor of Q. Exits 2 on an unfit one."""
     task = data.task
-    path = Path(args.critic or Path(args.runs_dir) / f"{task.folder}__pretrain_q__{args.seed}" / "critic.pt")
+    folder = Path(args.runs_dir) / f"{args.env.replace('/', '--')}__pretrain_q__{args.seed}"
+    path = Path(args.critic or folder / "critic.pt")
     script = Path(__file__).resolve().parent / "pretrain_q.py"
     if not args.critic and not os.path.lexists(path) and script.is_file():
         print(f"{path} is missing: starting pretrain_q.py", flush=True)

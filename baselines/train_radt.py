@@ -368,7 +368,7 @@ def find_run(stage: str, args_class, resolve, description: str) -> Run:
     args = tyro.cli(args_class, description=description, config=(tyro.conf.DisallowNone,))
     device, data = pick_device(args.device), load_data(args)
     config = resolve(args, data.task, data, device)
-    folder = Path(args.runs_dir) / f"{data.task.folder}__{args.exp_name}__{args.seed}"
+    folder = Path(args.runs_dir) / f"{args.env.replace('/', '--')}__{args.exp_name}__{args.seed}"
     if hasattr(config, "bf16"):
         config = replace(config, bf16=saved_bf16(folder, stage, args.precision, config.bf16))
     identity = {name: x for name, x in vars(config).items() if name not in NOT_OF_THE_RUN}

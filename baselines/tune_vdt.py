@@ -211,7 +211,7 @@ def main() -> None:
     identity = {name: value for name, value in vars(args).items() if name not in (*NOT_OF_THE_RUN, "checkpoint")}
     weights = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in content["policy"].values())).hexdigest()[:16]
     identity |= {"env_steps": env_steps, "device": device.type, "data": task.digest, "tuned": weights}
-    folder = Path(args.runs_dir) / f"{task.folder}__{args.exp_name}__{args.seed}"
+    folder = Path(args.runs_dir) / f"{env}__{args.exp_name}__{args.seed}"
     best, label = float(offline.returns.max()), content["config"].get("method", "DT")
     state = load_own(folder / "resume.pt", "tune_vdt", identity)
 

@@ -73,7 +73,7 @@ def test_metadata_decide_the_environment_and_scores_are_raw_returns(folder):
     task = read().task
     assert (task.body, task.quality, task.env_id) == ("hopper", "mixed-v0", "Hopper-v5")
     assert task.score(1234.5) == 1234.5
-    assert task.folder == "tests--hopper--mixed-v0" and task.rtg_scale == 1000  # the body's
+    assert task.name == NAME and task.rtg_scale == 1000  # the body's
     write_metadata(folder, id="Hopper-v5", more=dict(ref_min_score=-20.0, ref_max_score=180))
     task = read().task
     assert task.score(80.0) == 50
