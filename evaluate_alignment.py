@@ -18,7 +18,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import timeit
 import typing
 import warnings
@@ -893,8 +892,6 @@ def run(main) -> None:
     """main(); Ctrl-C (exit 130), NaN and errors of the system (exit 1: disk, memory, ...) end in one line on stderr."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    # a full disk ends TensorBoard's thread; our own next file fails for the same reason, and says so in one line
-    threading.excepthook = lambda a: isinstance(a.exc_value, OSError) or threading.__excepthook__(a)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(line_buffering=True, errors="replace")
     try:

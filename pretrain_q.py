@@ -443,8 +443,6 @@ def run(main) -> None:
     """main(); Ctrl-C (exit 130), NaN and errors of the system (exit 1: disk, memory, ...) end in one line on stderr."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    # a full disk ends TensorBoard's thread; our own next file fails for the same reason, and says so in one line
-    threading.excepthook = lambda a: isinstance(a.exc_value, OSError) or threading.__excepthook__(a)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(line_buffering=True, errors="replace")
     try:
@@ -670,6 +668,8 @@ class Log:
     def __init__(self, folder: Path, name: str, rows: list[dict]):
         from torch.utils.tensorboard import SummaryWriter  # imported here: it takes a second
 
+        # a full disk ends TensorBoard's thread; our own next file fails for the same reason, and says so in one line
+        threading.excepthook = lambda a: isinstance(a.exc_value, OSError) or threading.__excepthook__(a)
         self.file, self.rows, purge_step = folder / f"{name}.csv", rows, rows[-1]["step"] + 1 if rows else None
         try:
             self.tensorboard = SummaryWriter(folder / "tensorboard" / name, purge_step=purge_step)
