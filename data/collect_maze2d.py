@@ -27,6 +27,9 @@ import tyro
 from qalign_mazes import MAZE2D, Maze2D, cells
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # stage 2, for how scripts end
+from train_qalign_dt import fail, run
+
 NEAR = 0.1  # metres to a waypoint, and metres per step at which the ball counts as slow
 NOISE = 0.5  # standard deviation of what is added to an action, which is clipped to -1 .. 1 again
 ROWS = {"open": 1_000_000, "umaze": 1_000_000, "medium": 2_000_000, "large": 4_000_000}  # D4RL's
@@ -121,12 +124,6 @@ def collect(name: str, transitions: int, seed: int, progress: bool = True) -> di
     return {"observations": rows[:, :4], "actions": rows[:, 4:6], "rewards": rewards, **flags, **infos}
 
 
-def fail(message: str, code: int = 2):
-    """One line on stderr that says what is wrong, where, and what to do; then exit."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     if args.env not in MAZE2D:
@@ -156,17 +153,6 @@ def main() -> None:
         temporary.unlink(missing_ok=True)
     arrivals, mean = arrays["timeouts"].sum(), arrays["rewards"].mean(dtype=np.float64)
     print(f"{path}: {transitions:,} transitions, {arrivals:,} arrivals, mean reward {mean:.4f}")
-
-
-def run(main) -> None:
-    """main(); Ctrl-C (exit 130) and errors of the system (exit 1: disk, memory) end in one line on stderr."""
-    sys.stdout.reconfigure(errors="replace")  # file names may not be UTF-8
-    try:
-        main()
-    except KeyboardInterrupt:
-        fail("interrupted; nothing was written", code=130)
-    except (OSError, MemoryError) as error:
-        fail(" ".join(str(error).split()) or type(error).__name__, code=1)
 
 
 if __name__ == "__main__":
