@@ -9,6 +9,7 @@ highest returns, the middle 40% and the lowest 30%, and draws from them in ratio
 Reads and writes D4RL's layout; an incomplete last episode is left out.
 """
 
+import io
 import os
 import sys
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # stage 2, for how scripts end and files are written
+from train_qalign_dt import fail, one_line, run, write_file
 
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
 
@@ -50,12 +54,6 @@ def draw(returns: np.ndarray, ratio: tuple[int, int, int], n: int, rng: np.rando
     return np.concatenate(drawn)
 
 
-def fail(message: str, code: int = 2):
-    """One line on stderr that says what is wrong, where, and what to do; then exit."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     if os.path.lexists(args.out):
@@ -71,30 +69,20 @@ def main() -> None:
         if len(ends) < 3:
             fail(f"{args.file}: {len(ends)} complete episodes, three strata need at least 3")
     except (OSError, KeyError, TypeError, ValueError) as error:
-        fail(f"{args.file}: {' '.join(str(error).split())}; give an HDF5 file in D4RL's layout: {', '.join(KEYS)}")
+        fail(f"{args.file}: {one_line(error)}; give an HDF5 file in D4RL's layout: {', '.join(KEYS)}")
     chosen = draw(returns, args.ratio, max(round(args.fraction * len(ends)), 1), np.random.default_rng(args.seed))
     rows = np.concatenate([np.arange(starts[i], ends[i]) for i in chosen])
     attributes |= {"ratio": args.ratio, "fraction": args.fraction, "draw_seed": args.seed, "episodes": chosen}
-    temporary = Path(f"{args.out}.{os.getpid()}.tmp")
-    try:
-        with h5py.File(temporary, "w") as f:
-            for key, array in arrays.items():
-                f.create_dataset(key, data=array[rows], compression="gzip")
-            f.attrs.update(attributes)
-        os.replace(temporary, args.out)
-    except OSError as error:
-        fail(f"cannot write {args.out} ({' '.join(str(error).split())})")
-    finally:
-        if os.path.lexists(temporary):  # unlink itself would fail on a name that is too long
-            temporary.unlink()
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as f:
+        for key, array in arrays.items():
+            f.create_dataset(key, data=array[rows], compression="gzip")
+        f.attrs.update(attributes)
+    write_file(Path(args.out), buffer.getbuffer())
     episodes = f"{len(chosen)} of {len(ends)} episodes, {len(set(chosen))} different, {len(rows):,} transitions"
     low, high, mean = returns[chosen].min(), returns[chosen].max(), returns[chosen].mean()
     print(f"{args.out}: {episodes}, returns {low:,.0f} to {high:,.0f}, mean {mean:,.0f}")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # file names may not be UTF-8
-    try:
-        main()
-    except KeyboardInterrupt:
-        fail("interrupted", code=130)
+    run(main)
