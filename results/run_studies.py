@@ -7,10 +7,8 @@ resumes, a failing run stops no other. Writes records/<dataset>/<run>.json and s
 --list prints the commands, for other machines; --ray sends them to a cluster. Then the same study writes its table.
 """
 
-import ast
 import contextlib
 import csv
-import functools
 import hashlib
 import importlib
 import io
@@ -33,6 +31,11 @@ import tyro
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent  # where the stage scripts are
+sys.path[:0] = [str(ROOT), str(ROOT / "baselines"), str(ROOT / "data")]
+import prepare
+
+from train_qalign_dt import fail, pick_device, write_file
+from train_qalign_dt import run as run_script
 
 
 class Variant(NamedTuple):
@@ -182,26 +185,15 @@ class Args:
     results_dir: str = str(Path(__file__).resolve().parent)  # folder of records, tables and figures
 
 
-def fail(message: str, code: int = 2):
-    """One line on stderr that says what is wrong, where, and what to do; then exit."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
 def dataset_of(args: Args) -> str:
     """What the data are called in results: by their files, or by --env."""
     return "+".join(Path(file).stem for file in args.dataset_path) or (args.env or "hopper-mini").replace("/", "--")
 
 
-@functools.cache
-def presets(script: Path) -> dict[str, float]:
-    """The defaults by which `script` trains small data that are not D4RL's, read without importing torch."""
-    names, values = {"SIZES", "LOSS", "PAPER", "SMALL", "OTHER_DATA"}, {"__builtins__": {"dict": dict, "zip": zip}}
-    for node in ast.parse(script.read_text()).body:
-        target = getattr(node, "targets", [getattr(node, "target", None)])[0]
-        if getattr(target, "id", None) in names:
-            exec(compile(ast.Module([node], []), script, "exec"), values)
-    return values.get("SMALL", {}) | values.get("OTHER_DATA", {})
+def presets(script: str) -> dict[str, float]:
+    """The defaults by which `script` trains small data that are not D4RL's."""
+    module = vars(importlib.import_module(Path(script).stem))
+    return module.get("SMALL", {}) | module.get("OTHER_DATA", {})
 
 
 class Run:
@@ -239,9 +231,9 @@ class Run:
         self.record_file = Path(args.results_dir) / "records" / dataset_of(args) / f"{self.name}.json"
         self.definition = dict(run=self.name, data=data, flags=variant.flags, train_flags=args.train_flags)
         self.definition |= dict(critic_flags=critic_flags.strip(), rollouts=rollouts, target_step=step)
-        self.definition["presets"] = presets(ROOT / variant.script)
+        self.definition["presets"] = presets(variant.script)
         if variant.base:
-            self.definition["presets"] = self.definition["presets"] | presets(ROOT / variant.base.script)
+            self.definition["presets"] = self.definition["presets"] | presets(variant.base.script)
 
 
 def read_record(run: Run) -> dict | None:
@@ -268,23 +260,10 @@ def read_record(run: Run) -> dict | None:
     return record
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def check(runs: list[Run], args: Args) -> None:
     """Exits 2 on what would make every run fail, before anything is written; then makes the data ready."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "baselines"), str(ROOT / "data")]
-    stage_1, data = map(importlib.import_module, ("pretrain_q", "prepare"))  # and with them torch; tables need neither
     for run in runs:
-        if run.result == "alignment" and data.parse_env(run.args.env)["body"] == "antmaze":
+        if run.result == "alignment" and prepare.parse_env(run.args.env)["body"] == "antmaze":
             fail(f"--env {run.args.env}: AntMaze's returns are 0 and 1: there is no RTG sweep to study")
     for script, *flags in (command for run in runs for _, command in run.stages.values()):
         names = [flag.partition("=")[0].replace("_", "-") for flag in flags]
@@ -298,9 +277,9 @@ def check(runs: list[Run], args: Args) -> None:
             reason = re.split("-{9,}", said.getvalue())[1] if exit.code else "--help and the like cannot be passed on"
             fail(f"{script}: {' '.join(reason.split())}")
         if not args.list and not args.ray:  # else other machines have other devices
-            stage_1.pick_device(parsed.device)
+            pick_device(parsed.device)
     for one in {} if args.list else {run.args.env: run.args for run in runs}.values():
-        data.prepare(one.env, one.dataset_path, one.runs_dir)  # once, not by every run
+        prepare.prepare(one.env, one.dataset_path, one.runs_dir)  # once, not by every run
 
 
 def perform(run: Run, environment: dict, busy: set[Path]):
@@ -336,6 +315,7 @@ def perform(run: Run, environment: dict, busy: set[Path]):
     record["inference"] = {mode: json.loads((folder / f"high_targets_{mode}.json").read_text()) for mode in modes}
     if "critic" in run.stages:
         record["critic"] = json.loads((run.stages["critic"][0] / "report.json").read_text())
+    run.record_file.parent.mkdir(parents=True, exist_ok=True)
     if not run.record_file.exists():  # else another process has been faster
         write_file(run.record_file, (json.dumps(record, allow_nan=False) + "\n").encode())
     return read_record(run)
@@ -549,6 +529,7 @@ def summarise(study: str, args: Args, records: dict[tuple[str, int], dict], miss
     ]
     table = [["variant", "seed", *names], *([*key, *r["quantities"].values()] for key, r in records.items())]
     csv.writer(sheet := io.StringIO(), lineterminator="\n").writerows(table)  # quotes names with commas; None is ""
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_file(file.with_suffix(".png"), plot(records, dataset_of(args)))
     write_file(file.with_suffix(".csv"), sheet.getvalue().encode())
     write_file(file, "\n".join(text).encode())
@@ -582,6 +563,7 @@ def tabulate(table: str, args: Args, runs: dict[tuple[str, str, int], Run], reco
         *(f"| {' | '.join(row)} |" for row in rows),
     ]
     file = Path(args.results_dir, "studies", dataset_of(args) if args.env or args.dataset_path else "", f"{table}.md")
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_file(file, ("\n".join(text) + "\n").encode())
     print(f"{table}: {file}")
 
@@ -647,11 +629,5 @@ def main() -> None:
 if __name__ == "__main__":
     for name in ("stdout", "stderr"):
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))  # None where it was closed
-        getattr(sys, name).reconfigure(line_buffering=True, errors="replace")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        main()
-    except KeyboardInterrupt:
-        fail("interrupted; the same command continues", code=130)
-    except (OSError, MemoryError) as error:
-        fail(" ".join(f"{error}".split()) or "out of memory", code=1)
+    run_script(main)
