@@ -14,7 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny sizes: threads would only wait for each other
+# whatever the user's shell says: a pool of threads does not survive a fork, and tiny sizes gain nothing from one
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 import gymnasium
 import h5py
