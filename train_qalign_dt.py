@@ -72,7 +72,9 @@ class Args:
 
     # sizes and steps: the paper's, or small ones that take minutes on a CPU (default: paper; mini: small)
     preset: Annotated[Literal["paper", "small"] | None, BY_DATA] = None
-    total_steps: Int = None  # gradient steps, over which learning rates decay to 0 (default: 100,000; small: 5,000)
+    # gradient steps (default: 100,000; small: 5,000), over which the learning rates decay to 0, with --average only the
+    # critic's
+    total_steps: Int = None
     embed_dim: Int = None  # width of the transformer (default: 256; small: 64)
     n_layer: Int = None  # number of transformer blocks (default: 4; small: 2)
     n_head: Int = None  # attention heads per block (default: 4; small: 2)
