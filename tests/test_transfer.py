@@ -38,7 +38,7 @@ def save_policy(path, env=ENV, seed=0, lambda_e=0.0):
     config = dict(embed_dim=16, n_layer=1, n_head=2, max_timestep=1000, context_len=4, conv=lambda_e > 0)
     config |= dict(max_push=0.3, action_noise=0.3, dropout=0.0, alignment="one-sided", average=0.0)
     config |= dict(lambda_e=lambda_e, state_loss=lambda_e > 0, seed=1, total_steps=5, critic_width=8)
-    config |= dict(eval_context_len=0)
+    config |= dict(eval_context_len=0, sigma_e=1.0, delta_rtg=0.5, update_q=True, q_noise=0.0)
     torch.manual_seed(seed)
     policy = transfer.make_policy(task, config, bf16=False)
     for p in policy.parameters():
