@@ -35,6 +35,7 @@ from train_vdt import Transitions, ValueGuided
 
 from train_qalign_dt import (
     Dataset,
+    Ensemble,
     Log,
     Windows,
     check_args,
@@ -288,6 +289,10 @@ def tuned_config(path: Path, content: dict, args: Args, offline) -> Config:
         if not is_vdt and found["lambda_e"] > 0:
             fail(f"{path}: of Q-Align DT; VDT's tuning knows its own policies and DTs (--lambda-e 0)")
         check_same(content["policy"], make_policy(offline.task, found, False).state_dict(), "policy")
+        if is_vdt:
+            obs_dim, act_dim, width = offline.task.obs_dim, offline.task.act_dim, found["critic_width"]
+            check_same(content["critic"], Ensemble(2, obs_dim + act_dim, width).state_dict(), "critic")
+            check_same(content["value"], Ensemble(1, obs_dim, width).state_dict(), "value")
         values = {x.name: found[x.name] for x in fields(Config) if x.name in found}
         return Config(**values | {"seed": args.seed})
     except Exception as error:  # an edited file can break in any way

@@ -193,8 +193,12 @@ def test_an_antmaze_is_tuned_too(run_main, antmaze_arrays, tmp_path):
 
 
 def test_bad_input_is_one_line(tuned, pipeline, run_main, hopper_file, tmp_path):
-    runs, _ = tuned
+    whole = torch.load(tuned[0] / f"{ENV}__train_vdt__1" / "policy.pt", weights_only=True)
+    for name in ("policy", "critic", "value"):
+        torch.save(whole | {name: {key: x[..., :-1] for key, x in whole[name].items()}}, tmp_path / f"{name}.pt")
+    damaged = [(["--checkpoint", tmp_path / f"{name}.pt"], name) for name in ("policy", "critic", "value")]
     for flags, said in (
+        *damaged,
         (["--checkpoint", pipeline.policy], "of Q-Align DT"),
         (["--checkpoint", tmp_path / "none.pt"], "No such file"),
         (["--env", "hopper-expert-tiny", "--checkpoint", pipeline.dt], "was trained on --env"),
