@@ -117,7 +117,7 @@ def parse_env(name: str) -> dict:
         fail(f"--env {name}: of D4RL's data only -v2 is known here; for a file of your own take another tag")
     if body not in BODIES or quality not in qualities or not (own or name in known):
         close = difflib.get_close_matches(name, [*known, *MINIS], n=3, cutoff=0.0)
-        own = f"your own data: <body>-<quality>-<tag>, a body of {', '.join(BODIES)}, a quality of {', '.join(qualities)}"
+        own = f"your own data: <body>-<quality>-<tag>, bodies {', '.join(BODIES)}, qualities {', '.join(qualities)}"
         fail(f"unknown --env {name!r}: did you mean {', '.join(close)}? ({own})")
     task = base | BODIES[body] | RELEASE[body] | dict(body=body, quality=quality, tag=tag)
     if body != "antmaze":
