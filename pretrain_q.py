@@ -362,7 +362,7 @@ def main() -> None:
     dataset = load_data(args)
     task, args = dataset.task, resolve(args, dataset.task, device)
     identity = {name: x for name, x in vars(args).items() if name not in NOT_OF_THE_RUN} | {"data": task.digest}
-    folder = Path(args.runs_dir) / f"{args.env.replace('/', '--')}__{args.exp_name}__{args.seed}"
+    folder = run_folder(args, args.exp_name)
     data = Transitions(dataset, device, args.gamma)
     if not len(data.usable):
         fail(f"{task.label}: no transition with a successor or a terminal in it; the critic needs longer episodes")
@@ -560,6 +560,10 @@ def pick_device(name: str) -> torch.device:
 
 
 # ======== shared: run ========
+def run_folder(args, exp_name: str) -> Path:
+    return Path(args.runs_dir) / f"{args.env.replace('/', '--')}__{exp_name}__{args.seed}"
+
+
 @contextlib.contextmanager
 def claim(folder: Path, wait: bool = False):
     """Make the run folder and hold its lock; if another process does, exit 2 or wait. Removes our leftover files."""

@@ -72,8 +72,8 @@ class Args:
 
     # sizes and steps: the paper's, or small ones that take minutes on a CPU (default: paper; mini: small)
     preset: Annotated[Literal["paper", "small"] | None, BY_DATA] = None
-    # gradient steps (default: 100,000; small: 5,000), over which the learning rates decay to 0, with --average only the
-    # critic's
+    # gradient steps (default: 100,000; small: 5,000), over which the learning rates decay to 0; with --average only the
+    # critic's does
     total_steps: Int = None
     embed_dim: Int = None  # width of the transformer (default: 256; small: 64)
     n_layer: Int = None  # number of transformer blocks (default: 4; small: 2)
@@ -687,11 +687,13 @@ def main() -> None:
     device = pick_device(args.device)
     data = load_data(args)
     task, config = data.task, resolve(args, data, device)
-    folder = Path(args.runs_dir) / f"{args.env.replace('/', '--')}__{args.exp_name}__{args.seed}"
+    folder = run_folder(args, args.exp_name)
     config = replace(config, bf16=saved_bf16(folder, STAGE, args.precision, config.bf16))
     identity = {name: value for name, value in vars(config).items() if name not in NOT_OF_THE_RUN}
     identity["data"] = task.digest
-    if args.critic and config.lambda_e > 0:  # another critic is another run
+    identity["critic"] = None  # stage 1's of this env and seed; another one makes another run
+    own = run_folder(args, "pretrain_q") / "critic.pt"
+    if config.lambda_e > 0 and args.critic and os.path.abspath(args.critic) != os.path.abspath(own):
         load_checkpoint(Path(args.critic), "pretrain_q")
         identity["critic"] = hashlib.sha256(Path(args.critic).read_bytes()).hexdigest()[:16]
     finished = load_own(folder / "policy.pt", STAGE, identity)
@@ -770,8 +772,7 @@ class Progress:
 def pretrained(args: Args, config: Config, data: Dataset) -> tuple[dict, float, float]:
     """Stage 1's critic, trained if it is missing: weights, discount, Eq. 5's divisor of Q. Exits 2 on an unfit one."""
     task = data.task
-    folder = Path(args.runs_dir) / f"{args.env.replace('/', '--')}__pretrain_q__{args.seed}"
-    path = Path(args.critic or folder / "critic.pt")
+    path = Path(args.critic or run_folder(args, "pretrain_q") / "critic.pt")
     script = Path(__file__).resolve().parent / "pretrain_q.py"
     if not args.critic and not os.path.lexists(path) and script.is_file():
         print(f"{path} is missing: starting pretrain_q.py", flush=True)
@@ -961,6 +962,10 @@ def pick_device(name: str) -> torch.device:
 
 
 # ======== shared: run ========
+def run_folder(args, exp_name: str) -> Path:
+    return Path(args.runs_dir) / f"{args.env.replace('/', '--')}__{exp_name}__{args.seed}"
+
+
 @contextlib.contextmanager
 def claim(folder: Path, wait: bool = False):
     """Make the run folder and hold its lock; if another process does, exit 2 or wait. Removes our leftover files."""

@@ -48,6 +48,7 @@ from train_qalign_dt import (
     progress_bar,
     restore,
     run,
+    run_folder,
     save_checkpoint,
     save_resume,
     saved_bf16,
@@ -368,7 +369,7 @@ def find_run(stage: str, args_class, resolve, description: str) -> Run:
     args = tyro.cli(args_class, description=description, config=(tyro.conf.DisallowNone,))
     device, data = pick_device(args.device), load_data(args)
     config = resolve(args, data.task, data, device)
-    folder = Path(args.runs_dir) / f"{args.env.replace('/', '--')}__{args.exp_name}__{args.seed}"
+    folder = run_folder(args, args.exp_name)
     if hasattr(config, "bf16"):
         config = replace(config, bf16=saved_bf16(folder, stage, args.precision, config.bf16))
     identity = {name: x for name, x in vars(config).items() if name not in NOT_OF_THE_RUN}

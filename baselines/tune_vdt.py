@@ -54,6 +54,7 @@ from train_qalign_dt import (
     progress_bar,
     restore,
     run,
+    run_folder,
     save_checkpoint,
     save_resume,
     track,
@@ -202,8 +203,7 @@ def asked_return(best: float, request: float) -> float:
 def main() -> None:
     args = tyro.cli(Args, description=__doc__, config=(tyro.conf.DisallowNone,))
     device = pick_device(args.device)
-    env = args.env.replace("/", "--")
-    path = Path(args.checkpoint or Path(args.runs_dir) / f"{env}__train_vdt__{args.seed}" / "policy.pt")
+    path = Path(args.checkpoint or run_folder(args, "train_vdt") / "policy.pt")
     content = load_checkpoint(path, "train_vdt", "train_qalign_dt")
     offline = load_data(args)
     task = offline.task
@@ -212,7 +212,7 @@ def main() -> None:
     identity = {name: value for name, value in vars(args).items() if name not in (*NOT_OF_THE_RUN, "checkpoint")}
     weights = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in content["policy"].values())).hexdigest()[:16]
     identity |= {"env_steps": env_steps, "device": device.type, "data": task.digest, "tuned": weights}
-    folder = Path(args.runs_dir) / f"{env}__{args.exp_name}__{args.seed}"
+    folder = run_folder(args, args.exp_name)
     best, label = float(offline.returns.max()), content["config"].get("method", "DT")
     state = load_own(folder / "resume.pt", "tune_vdt", identity)
 

@@ -616,7 +616,11 @@ def main() -> None:
         return
     if missing and args.workers:
         check(missing, args)
-        records |= perform_on_ray(missing, args) if args.ray else perform_all(missing, args.workers)
+        try:
+            records |= perform_on_ray(missing, args) if args.ray else perform_all(missing, args.workers)
+        except KeyboardInterrupt as error:
+            error.add_note("the same command continues")
+            raise
     for study, runs in wanted.items() if not args.only else ():
         if study in PUBLISHED:
             tabulate(study, args, runs, records)

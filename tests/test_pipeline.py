@@ -26,6 +26,7 @@ import pretrain_q as stage1
 import train_qalign_dt as stage2
 
 CPU = torch.device("cpu")
+FOLDER1 = f"{ENV}__pretrain_q__1"
 FOLDER2 = f"{ENV}__train_qalign_dt__1"
 
 
@@ -219,14 +220,21 @@ def test_another_critic_is_another_run(pipeline, run_main, hopper_file, tmp_path
     torch.save(content | {"critic": {name: x + 1 for name, x in content["critic"].items()}}, other)
 
     def go(critic):
-        flags = [*TINY2, "--critic", critic, "--total-steps", 2]
+        flags = [*TINY2, "--total-steps", 2, *(["--critic", critic] if critic else [])]
         return run_main(stage2, *argv(hopper_file, tmp_path / "runs", *flags))
 
     assert go(pipeline.critic)[0] == 0
     assert "is finished" in go(same)[1]
+    stage_1 = tmp_path / "runs" / FOLDER1 / "critic.pt"
+    stage_1.parent.mkdir()
+    shutil.copy(other, stage_1)
     before = tree(tmp_path / "runs")
-    code, _, err = go(other)
-    assert code == 2 and "policy.pt is of another run (critic " in error_line(err) and tree(tmp_path / "runs") == before
+    for critic in (other, None, stage_1):
+        code, _, err = go(critic)
+        assert code == 2 and "policy.pt is of another run (critic " in error_line(err), critic
+    assert tree(tmp_path / "runs") == before
+    shutil.rmtree(tmp_path / "runs" / FOLDER2)
+    assert go(None)[0] == 0 and "is finished" in go(stage_1)[1]  # the default, by its name
 
 
 def test_an_untrained_policy_can_be_saved(tmp_path, run_main, hopper_file):
@@ -837,7 +845,8 @@ def test_a_run_resumes_without_stage_1s_critic(whole, run_main, hopper_file, tmp
     folder = tmp_path / folders[stage2].name
     folder.mkdir()
     content = load(folders[stage2] / "resume.pt")
-    torch.save(content | {"progress": content["progress"] | {"step": 80}}, folder / "resume.pt")
+    begun = dict(config=content["config"] | {"critic": None}, progress=content["progress"] | {"step": 80})
+    torch.save(content | begun, folder / "resume.pt")
     monkeypatch.setattr(stage2, "pretrained", None)  # would raise if it were called
     flags = [x for x in flags[stage2] if x != "--critic" and "critic.pt" not in str(x)]
     code, out, err = run_main(stage2, *argv(hopper_file, tmp_path, *flags))

@@ -15,6 +15,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import filelock
 import h5py
@@ -368,6 +369,16 @@ def test_ctrl_c_ends_the_processes_and_the_same_runs_continue(tmp_path):
         (run.stages["training"][0] / "go").touch()
     assert len(studies.perform_all(runs, workers=2)) == 3
     assert [len(file.read_text().split()) for file in files] == [2, 2, 1]
+
+
+def test_a_study_that_is_stopped_says_that_it_continues(tmp_path, monkeypatch):
+    argv = ["run_studies.py", "spearman", "--results-dir", str(tmp_path), "--runs-dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(studies, "check", lambda *_: None)
+    monkeypatch.setattr(studies, "perform_all", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt) as raised:
+        studies.main()
+    assert raised.value.__notes__ == ["the same command continues"]
 
 
 def test_interrupted_or_unreadable_is_one_line(tmp_path):
