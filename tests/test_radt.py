@@ -349,6 +349,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(trained, run_main, hopper_fi
         (["--embed-dim", "15"], "not a multiple"),
         (["--warmup-steps", "0"], "--warmup-steps"),
         (["--env", "hopper-medum-v2"], "did you mean"),
+        (["--env", "hopper-good-mine"], "qualities random, medium"),
     ],
 )
 def test_bad_input_is_one_line(flags, said, run_main, hopper_file, tmp_path):
