@@ -690,12 +690,7 @@ def main() -> None:
     folder = run_folder(args, args.exp_name)
     config = replace(config, bf16=saved_bf16(folder, STAGE, args.precision, config.bf16))
     identity = {name: value for name, value in vars(config).items() if name not in NOT_OF_THE_RUN}
-    identity["data"] = task.digest
-    identity["critic"] = None  # stage 1's of this env and seed; another one makes another run
-    own = run_folder(args, "pretrain_q") / "critic.pt"
-    if config.lambda_e > 0 and args.critic and os.path.abspath(args.critic) != os.path.abspath(own):
-        load_checkpoint(Path(args.critic), "pretrain_q")
-        identity["critic"] = hashlib.sha256(Path(args.critic).read_bytes()).hexdigest()[:16]
+    identity |= dict(data=task.digest, critic=other_critic(args, config))
     finished = load_own(folder / "policy.pt", STAGE, identity)
     if finished and fits(finished.get("step"), int) and finished["step"] == config.total_steps:
         print(f"{folder}/policy.pt is finished; nothing to do (another run: --exp-name)")
@@ -767,6 +762,15 @@ class Progress:
     scores: list[dict[str, float]] = field(default_factory=list)  # of evaluations.csv
     gamma: float = 0.99
     q_scale: float = 1.0
+
+
+def other_critic(args: Args, config: Config) -> str | None:
+    """The hash of a --critic that is not stage 1's of this env and seed, and so makes another run; else None."""
+    own = run_folder(args, "pretrain_q") / "critic.pt"
+    if config.lambda_e == 0 or not args.critic or os.path.abspath(args.critic) == os.path.abspath(own):
+        return None
+    load_checkpoint(Path(args.critic), "pretrain_q")  # exits 2 on anything else
+    return hashlib.sha256(Path(args.critic).read_bytes()).hexdigest()[:16]
 
 
 def pretrained(args: Args, config: Config, data: Dataset) -> tuple[dict, float, float]:
