@@ -334,6 +334,7 @@ def test_a_checkpoint_without_any_one_of_its_entries_is_one_line(
     for name in ("task", "config", "progress", "actor_opt", "opt"):
         read = CONFIG_READ.get(reader) if name == "config" else None
         entries += [(name, key) for key in content.get(name, ()) if read is None or key in read]
+    entries = [where for where in entries if where != ("config", "critic")]  # None: without it the file says the same
     entries += [("policy", "embed_obs.weight")] * ("policy" in content)
     assert len(entries) >= 6
     for where in entries[::nth]:
