@@ -484,6 +484,7 @@ def content(task, observations, actions, rewards, terminals, ends, label: str, i
         if not np.allclose(known, (returns.min(), returns.max()), atol=0.02):
             ours = f"returns from {returns.min():.2f} to {returns.max():.2f}, D4RL's from {known[0]} to {known[1]}"
             print(f"warning: {label}: {ours}: is this another file?", file=sys.stderr)
+            label = f"{task['name']} (other returns than D4RL's)"
     mean, std = observations.mean(axis=0, dtype=np.float64), observations.std(axis=0, dtype=np.float64)
     scale = np.where(std < 1e-6 * np.maximum(1, np.abs(mean)), 1.0, std + 1e-6)  # a constant column stays as it is
     arrays = dict(observations=observations, actions=actions, rewards=rewards, terminals=terminals, ends=ends)
