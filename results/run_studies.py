@@ -536,28 +536,47 @@ def summarise(study: str, args: Args, records: dict[tuple[str, int], dict], miss
     print(f"{study}: {file}")
 
 
+def standard_error(x) -> float:
+    return float(np.std(x, ddof=1)) / len(x) ** 0.5
+
+
+def compare(x: list[float], published: float | None = None, deviation: float = 0.0) -> str:
+    """Scores, one per seed, beside a published mean: within two errors of the difference they agree."""
+    if published is None or len(x) < 2:
+        return "-"
+    gap = np.mean(x) - published
+    return "agrees" if abs(gap) <= 2 * np.hypot(standard_error(x), deviation) else "above" if gap > 0 else "below"
+
+
 def tabulate(table: str, args: Args, runs: dict[tuple[str, str, int], Run], records: dict[str, dict]) -> None:
     """Write one of the paper's tables: its numbers beside ours; exits 1 if seeds are not comparable."""
-    rows = [["data set", "method", "published", "here, at target return", "seeds", "data, steps"], ["---"] * 6]
+    rows = [
+        ["data set", "method", "published", "here, at target return", "verdict", "seeds", "data, steps"],
+        ["---"] * 7,
+    ]
     for env, label in dict.fromkeys(key[:2] for key in runs):
         own = {str(k[2]): run.name for k, run in runs.items() if k[:2] == (env, label) and run.name in records}
         every = [records[name] for name in own.values()]
         if len(settings := {record["setting"].rpartition(",")[0] for record in every}) > 1:
             fail(f"{table}: cannot compare {' with '.join(sorted(settings))}; remove the old records", code=1)
         data_set = dataset_of(args) if args.dataset_path else env
-        published = " ± ".join(map(str, PUBLISHED[table]["values"].get(data_set, {}).get(label, "-")))
+        published = PUBLISHED[table]["values"].get(data_set, {}).get(label, [])
         for mode in every[0]["quantities"] if every else ["request"]:
-            cells = []
+            cells, scores = [], {}
             for pairs in zip(*(record["quantities"][mode].items() for record in every)):  # of one target, by seed
-                x = [score for _, score in pairs]
-                error = f" ± {np.std(x, ddof=1) / len(x) ** 0.5:.2f}" if len(x) > 1 else ""
-                cells += [f"{np.mean(x):.1f}{error} at {pairs[0][0]:g}"]
+                target, x = pairs[0][0], [score for _, score in pairs]
+                scores[float(target)] = x
+                error = f" ± {standard_error(x):.2f}" if len(x) > 1 else ""
+                cells += [f"{np.mean(x):.1f}{error} at {target:g}"]
+            verdict = compare(scores[max(scores)], *published) if scores else "-"
             name = label if mode == "request" else f"{label}, --inference {mode}"
-            rows += [[data_set, name, published, "; ".join(cells) or "-", ", ".join(own) or "-", *(settings or "-")]]
+            row = [data_set, name, " ± ".join(map(str, published)) or "-", "; ".join(cells) or "-", verdict]
+            rows += [[*row, ", ".join(own) or "-", *(settings or "-")]]
     missing = [run.name for run in runs.values() if run.name not in records]
     text = [
         f"# {table}: {CLAIMS[table]}\n",
-        "Here: the score of the last step at every high target, mean ± standard error over the seeds.",
+        "Here: the score of the last step at every high target, mean ± standard error over the seeds. Verdict: whether",
+        "that at the highest target is above or below the published mean by over two errors of their difference.",
         f"Published: {PUBLISHED[table]['source']}. More methods: published.json.\n",
         *([f"Missing: {', '.join(missing)}.\n"] if missing else []),
         *(f"| {' | '.join(row)} |" for row in rows),
