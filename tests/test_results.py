@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import run_studies as studies
 from conftest import ROOT
@@ -125,6 +126,45 @@ def test_tables_of_texts_equal_the_records(name):
         for one, other in zip(numbers(said), true):  # may be rounded twice: 99.35 in the study's table is 99.3508
             unit = 10.0 ** -len(one.partition(".")[2])
             assert abs(float(one) - float(other)) <= unit / 2 + 0.005, (dataset, row, method, said, true)
+
+
+def maze2d_rows(maze: str) -> dict[str, tuple[list[str], list[str]]]:
+    """Method -> its cells in the page's table of scores, and in that of the maze's returns."""
+    found = {}
+    for variant in studies.STUDIES["maze2d"]:
+        files = sorted(RESULTS.glob(f"records/maze2d-{maze}-v1/*__{variant.exp_name}__*.json"))
+        runs = [json.loads(file.read_text())["high_targets"] for file in files]
+        if not runs:
+            continue
+        first = [one["high_targets"][0] for one in runs]  # asked for 300
+        scores = [row["score_mean"] for row in first]
+        error = first[0]["score_std"] / runs[0]["rollouts"] ** 0.5  # of the episodes
+        each = f"seed {runs[0]['seed']}"
+        if len(runs) > 1:
+            error, each = studies.standard_error(scores), ", ".join(f"{x:.1f}" for x in scores)
+        published = studies.PUBLISHED["maze2d"]["values"][f"maze2d-{maze}-v1"].get(variant.label, "-")
+        score = [" ± ".join(map(str, published)), f"{np.mean(scores):.1f} ± {error:.1f} ({each})"]
+        asked = np.array([row["target_return"] for row in runs[0]["high_targets"]])
+        returns = np.array([[row["return_mean"] for row in one["high_targets"]] for one in runs])
+        rmse = ", ".join(f"{x:.0f}" for x in np.sqrt(((returns - asked) ** 2).mean(axis=1)))
+        found[variant.label] = score, [f"{x:.0f}" for x in returns.mean(axis=0)[::-1]] + [rmse]
+    return found
+
+
+def test_maze2d_page_equals_the_records():
+    page = (RESULTS / "pages/maze2d.md").read_text()
+    tables = [
+        [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+        for table in re.findall(r"(?:^\|.*\n)+", page, re.M)
+    ]
+    scores, *returns = [table[2:] for table in tables[:4]]
+    for i, maze in enumerate(("umaze", "medium", "large")):
+        rows = maze2d_rows(maze)
+        assert [row[0] for row in returns[i]] == list(rows)
+        assert {row[0]: row[1:] for row in returns[i]} == {label: row for label, (_, row) in rows.items()}
+        for label, *cells in scores:
+            said = cells[2 * i : 2 * i + 2]
+            assert said[1] == "-" if label not in rows else said == rows[label][0], (maze, label)
 
 
 def test_links_lead_somewhere_and_the_page_is_short():
