@@ -384,12 +384,29 @@ def mean_per_target(trained: "Trained", targets, rollouts: int, seed: int) -> tu
     return rows, result
 
 
+@torch.no_grad()
+def q_and_outcome(trained: "Trained", result: Rollouts) -> tuple[np.ndarray, np.ndarray]:
+    """What the critic predicts at each rollout's first step, min_m Q_m, and the discounted return that came, (n,) each.
+
+    NaN without a critic. A prediction above the outcome: this request is not what the critic was trained to judge.
+    """
+    if not (critic := load_critic(trained)):
+        return np.full((2, len(result.returns)), np.nan)
+    q = critic(result.first_obs, result.first_act).amin(dim=0).cpu().numpy()
+    discounts = trained.content["gamma"] ** np.arange(result.rewards.shape[1])
+    return q, np.nansum(result.rewards * discounts, axis=1)
+
+
 def sweep(trained: "Trained", targets: np.ndarray, rollouts: int, seed: int, percentiles=()) -> tuple[dict, np.ndarray]:
     """The record that alignment.json holds (without targets: high_targets.json), and the forward velocity of every step
     (targets, rollouts, horizon) in m/s, NaN after a rollout's end.
     """
     task, high, record = trained.task, trained.task.targets, trained.identity()
     every_row, result = mean_per_target(trained, np.concatenate([targets, high, percentiles]), rollouts, seed)
+    q, discounted = q_and_outcome(trained, result)
+    for row, *own in zip(every_row, q.reshape(-1, rollouts), discounted.reshape(-1, rollouts)):
+        means = [None if np.isnan(x[0]) else float(x.mean()) for x in own]
+        row |= dict(zip(("q_mean", "discounted_return_mean"), means))
     velocities = result.velocities.reshape(-1, rollouts, task.horizon)[: len(targets)]
     rows, others = every_row[: len(targets)], every_row[len(targets) :]
     if not len(targets):
@@ -401,14 +418,10 @@ def sweep(trained: "Trained", targets: np.ndarray, rollouts: int, seed: int, per
     record["alignment_rmse"] = alignment_rmse(scores, target_scores)
     record["best_score"] = float(scores.max())
     record["spearman_target_vs_real"] = rank_correlation(target_scores, scores)
-    # Table E.19, over the sweep's rollouts (stage 1's report.json: over the data); Q is a discounted return
-    if critic := load_critic(trained):
-        with torch.no_grad():
-            q = critic(result.first_obs, result.first_act).amin(dim=0).cpu().numpy()[: len(targets) * rollouts]
-        discounts = trained.content["gamma"] ** np.arange(task.horizon)
-        discounted = np.nansum(result.rewards * discounts, axis=1)
+    if trained.content.get("critic"):  # Table E.19, over the sweep's rollouts (stage 1's report.json: over the data)
+        q, discounted = (x[: len(targets) * rollouts] for x in (q, discounted))
         record["spearman_q_vs_return"] = rank_correlation(q, result.returns[: len(q)])
-        record["spearman_q_vs_discounted_return"] = rank_correlation(q, discounted[: len(q)])
+        record["spearman_q_vs_discounted_return"] = rank_correlation(q, discounted)
     record |= {"high_targets": others[: len(high)], "sweep": rows}
     if len(percentiles):
         record["percentiles"] = others[len(high) :]

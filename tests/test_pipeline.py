@@ -113,6 +113,9 @@ def test_q_is_ranked_against_plain_and_discounted_returns_of_the_sweep(pipeline,
 
     for key, values in (("return", rollouts.returns[:12]), ("discounted_return", discounted[:12])):
         assert record[f"spearman_q_vs_{key}"] == pytest.approx(np.corrcoef(ranks(q), ranks(values))[0, 1])
+    for j, row in enumerate(record["sweep"]):
+        means = [np.mean(x[4 * j : 4 * j + 4]) for x in (q, discounted)]
+        assert [row["q_mean"], row["discounted_return_mean"]] == pytest.approx(means, rel=1e-5)
 
 
 def test_targets_go_in_steps_from_the_lowest_to_the_highest_return():
@@ -134,6 +137,7 @@ def test_compare_writes_both_into_the_files_of_the_first(pipeline, run_main, tmp
     (other,) = result["compare"]
     assert other["checkpoint"] == str(dt) and other["lambda_e"] == 0 and other["method"] == "DT"
     assert "spearman_q_vs_return" in result and other.get("spearman_q_vs_return") is None
+    assert [row["q_mean"] is None for row in (result["sweep"][0], other["sweep"][0])] == [False, True]
     assert [r["target_return"] for r in other["sweep"]] == [r["target_return"] for r in result["sweep"]]
     label = "Q-Align DT, seed 1, max_push 0.3, action_noise 0.3, average 0.002"
     assert stage3.label_of(result) == label and stage3.label_of(other) == "DT, seed 1, average 0.002"
