@@ -18,6 +18,7 @@ from conftest import call, tree
 from gymnasium.utils.env_checker import check_env
 from qalign_mazes import ANT_MAPS, BALL_MAPS, MAZE2D, cells, in_maze
 
+import pretrain_q as stage1
 import train_qalign_dt as stage2
 
 NAMES = [*MAZE2D, *(f"AntMaze-{size}-v0" for size in ANT_MAPS)]
@@ -355,6 +356,20 @@ def test_the_default_sizes_are_d4rls(monkeypatch, tmp_path):
     millions = {"open": 1, "umaze": 1, "medium": 2, "large": 4}
     assert set(millions) == set(BALL_MAPS)
     assert asked == [(name, millions[row["maze"]] * 10**6, 0) for name, row in MAZE2D.items()]
+
+
+# ---- training ----
+
+
+@pytest.mark.parametrize("flags, steps, noted", [("", 1, True), ("", 2, False), ("--no-update-q", 1, False)])
+def test_a_long_co_training_is_warned_of(flags, steps, noted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(collect_maze2d, "maze2d-umaze-v1", "--transitions", 2000, "--out", "x.hdf5")[0] == 0
+    own = "--env maze2d-mini --dataset-path x.hdf5 --device cpu --total-steps 2".split()
+    assert call(stage1, *own)[0] == 0
+    monkeypatch.setitem(stage2.SMALL, "total_steps", steps)
+    code, out, _ = call(stage2, *own, *flags.split(), "--eval-every", 0)
+    assert code == 0 and ("note: co-training ruined longer runs" in out) == noted
 
 
 # ---- pictures ----
