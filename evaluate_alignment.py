@@ -386,9 +386,9 @@ def mean_per_target(trained: "Trained", targets, rollouts: int, seed: int) -> tu
 
 @torch.no_grad()
 def q_and_outcome(trained: "Trained", result: Rollouts) -> tuple[np.ndarray, np.ndarray]:
-    """What the critic predicts at each rollout's first step, min_m Q_m, and the discounted return that came, (n,) each.
+    """What the critic predicts at each rollout's first step, min_m Q_m, and the discounted return that came: (n,) each.
 
-    NaN without a critic. A prediction above the outcome: this request is not what the critic was trained to judge.
+    NaN without a critic.
     """
     if not (critic := load_critic(trained)):
         return np.full((2, len(result.returns)), np.nan)

@@ -714,7 +714,7 @@ def main() -> None:
         print(f"{folder}: {task.label}, {size}, step {done.step:,}")
         co_trained = config.lambda_e > 0 and config.update_q
         if task.body == "maze2d" and co_trained and config.total_steps > SMALL["total_steps"]:
-            print("note: co-training ruined longer runs in Maze2D (results/pages/maze2d.md); see --no-update-q")
+            print("note: co-training has ruined a longer run in Maze2D (results/pages/maze2d.md); see --no-update-q")
         metrics, evaluations = Log(folder, "metrics", done.rows), Log(folder, "evaluations", done.scores)
 
         def save() -> None:

@@ -369,7 +369,7 @@ def test_a_long_co_training_is_warned_of(flags, steps, noted, tmp_path, monkeypa
     assert call(stage1, *own)[0] == 0
     monkeypatch.setitem(stage2.SMALL, "total_steps", steps)
     code, out, _ = call(stage2, *own, *flags.split(), "--eval-every", 0)
-    assert code == 0 and ("note: co-training ruined longer runs" in out) == noted
+    assert code == 0 and ("note: co-training has ruined a longer run" in out) == noted
 
 
 # ---- pictures ----
