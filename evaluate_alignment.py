@@ -388,13 +388,14 @@ def mean_per_target(trained: "Trained", targets, rollouts: int, seed: int) -> tu
 def q_and_outcome(trained: "Trained", result: Rollouts) -> tuple[np.ndarray, np.ndarray]:
     """What the critic predicts at each rollout's first step, min_m Q_m, and the discounted return that came: (n,) each.
 
-    NaN without a critic.
+    Both are of the rewards as the critic saw them (AntMaze's are shifted, VDT's scaled). NaN without a critic.
     """
     if not (critic := load_critic(trained)):
         return np.full((2, len(result.returns)), np.nan)
     q = critic(result.first_obs, result.first_act).amin(dim=0).cpu().numpy()
     discounts = trained.content["gamma"] ** np.arange(result.rewards.shape[1])
-    return q, np.nansum(result.rewards * discounts, axis=1)
+    rewards = (result.rewards + trained.task.reward_shift) * trained.content["config"].get("reward_scale", 1.0)
+    return q, np.nansum(rewards * discounts, axis=1)
 
 
 def sweep(trained: "Trained", targets: np.ndarray, rollouts: int, seed: int, percentiles=()) -> tuple[dict, np.ndarray]:
@@ -568,9 +569,9 @@ def main() -> None:
     high_only = args.high_targets or task.body == "antmaze"
     if high_only and (args.trajectories or args.percentiles):
         fail("--trajectories, --percentiles: there is no RTG sweep with --high-targets, nor of an AntMaze")
-    if (args.video or args.trajectories) and not hasattr(make_env(task.env_id, task.env_kwargs).unwrapped, "model"):
-        fail(f"--video, --trajectories: {task.env_id} has no MuJoCo model")
-    renderer = make_renderer(task) if args.video else None
+    renderer = make_renderer(task) if args.video else None  # before the first environment, which switches OpenGL off
+    if args.trajectories and not hasattr(make_env(task.env_id, task.env_kwargs).unwrapped, "model"):
+        fail(f"--trajectories: {task.env_id} has no MuJoCo model")
 
     many = task.body in ("antmaze", "maze2d") or args.percentiles and device.type == "cuda"
     rollouts = args.rollouts or (100 if many else 50 if high_only else 30)
@@ -634,8 +635,8 @@ def write_behaviour(stem: Path, setting: dict, records: list[dict], velocities: 
 
 # ======== shared: results ========
 BASELINES = ("train_radt", "train_vdt", "tune_vdt", "train_qt", "train_rvdt")  # in baselines/, with policies as here
-OURS = ("lambda_e", "sigma_e", "delta_rtg", "max_push", "action_noise", "dropout", "average", "eval_context_len")
-OURS += ("alignment", "conv", "state_loss", "update_q", "q_noise")  # what result files say of a Q-Align DT
+REPORTED = ("lambda_e", "sigma_e", "delta_rtg", "max_push", "action_noise", "dropout", "average", "eval_context_len")
+REPORTED += ("alignment", "conv", "state_loss", "update_q", "q_noise")  # what result files say of a Q-Align DT
 
 
 class Trained(NamedTuple):
@@ -650,7 +651,7 @@ class Trained(NamedTuple):
     def identity(self) -> dict:
         """What result files say of a checkpoint."""
         config = self.content["config"]
-        names = ("seed", "total_steps", *(() if "method" in config else OURS))
+        names = ("seed", "total_steps", *(() if "method" in config else REPORTED))
         method = config.get("method") or method_of(config["lambda_e"], config["conv"], config["state_loss"])
         about = {"checkpoint": str(self.path), "method": method, "step": self.content["step"], "env": self.task.name}
         data = {name: getattr(self.task, name) for name in ("label", "is_d4rl", "digest")}
@@ -666,12 +667,12 @@ def method_of(lambda_e: float, conv: bool, state_loss: bool) -> str:
 
 def label_of(record: dict) -> str:
     """A legend's text: with what makes two runs of one method differ."""
-    ours = ("max_push", "action_noise", "average", "q_noise") if record.get("lambda_e") else ("average",)
-    ours = "".join(f", {name} {record[name]:g}" for name in ours if record.get(name))
+    names = ("max_push", "action_noise", "average", "q_noise") if record.get("lambda_e") else ("average",)
+    text = "".join(f", {name} {record[name]:g}" for name in names if record.get(name))
     if record.get("lambda_e"):
-        ours += f", {record['alignment']}" * (record["alignment"] != "one-sided")
-        ours += ", fixed critic" * (not record["update_q"])
-    return f"{record['method']}, seed {record['seed']}{ours}"
+        text += f", {record['alignment']}" * (record["alignment"] != "one-sided")
+        text += ", fixed critic" * (not record["update_q"])
+    return f"{record['method']}, seed {record['seed']}{text}"
 
 
 def policy_path(args, default: str) -> Path:
@@ -745,12 +746,14 @@ def write_results(stem: Path, result: dict, rows: list[dict], figure=None) -> No
 
 
 def make_renderer(task: Task):
-    """MuJoCo's offscreen renderer; exits 2 where no OpenGL works."""
+    """MuJoCo's offscreen renderer; exits 2 where no OpenGL works, and for an environment without a MuJoCo model."""
     try:
         import mujoco
 
+        if not (model := getattr(make_env(task.env_id, task.env_kwargs).unwrapped, "model", None)):
+            fail(f"--video: {task.env_id} has no MuJoCo model")
         with warnings.catch_warnings(action="ignore"):
-            return mujoco.Renderer(make_env(task.env_id, task.env_kwargs).unwrapped.model, 200, 240)
+            return mujoco.Renderer(model, 200, 240)
     except Exception as error:  # each OpenGL backend has kinds of its own
         fail(f"--video: MuJoCo finds no OpenGL here ({one_line(error):.80}); without a screen, set MUJOCO_GL=egl")
 
@@ -762,7 +765,8 @@ def video(trained: Trained, targets, captions, seeds, steps: int, renderer, **op
 
     result = rollout(trained, targets, seeds, steps, "video", keep_qpos=True, **options)
     env = make_env(trained.task.env_id, trained.task.env_kwargs).unwrapped
-    camera = "above" if trained.task.body in ("antmaze", "maze2d") else "track"
+    cameras = [env.model.camera(i).name for i in range(env.model.ncam)]
+    camera = next((name for name in ("above", "track") if name in cameras), -1)  # -1: MuJoCo's free one
     stride, steps = max(1, round(0.08 / env.dt)), min(int(result.lengths.max()), round(10 / env.dt))
     frames = []
     for t in range(0, steps, stride):
@@ -911,7 +915,8 @@ def run(main) -> None:
         main()
     except (KeyboardInterrupt, OSError, MemoryError, FloatingPointError, RuntimeError) as error:
         # torch raises RuntimeError for want of memory, threads or a compiler; any other is a bug
-        if isinstance(error, RuntimeError) and not re.search("memory|thread|compiler", str(error)):
+        wants = r"(out of|allocate|enough) memory|new thread|compiler"
+        if isinstance(error, RuntimeError) and not re.search(wants, str(error)):
             raise
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error)
         fail("; ".join([reason, *getattr(error, "__notes__", ())]), code=130 if reason == "interrupted" else 1)
@@ -941,7 +946,8 @@ def load_checkpoint(path: Path, *stages: str) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True)
         stage, version = content["stage"], content["format"]
         if stage not in stages or version != FORMAT:
-            fail(f"{path}: of {stage:.40s}.py in format {version:d}, not of {stages[0]}.py in {FORMAT}")
+            other = "; another version wrote it: use that one, or remove it" * (stage in stages)
+            fail(f"{path}: of {stage:.40s}.py in format {version:d}, not of {stages[0]}.py in {FORMAT}{other}")
         return content
     except OSError as error:
         fail(f"{path}: {error.strerror or one_line(error)}")

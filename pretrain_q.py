@@ -231,7 +231,7 @@ class Transitions:
         usable = np.ones(len(rewards), bool)
         usable[data.ends - 1] = data.terminals[data.ends - 1]
         self.usable = torch.as_tensor(np.flatnonzero(usable)).to(device)
-        # where the episode's end is the MDP's own, or cuts off less than 1% of the discounted sum, the return is known
+        # the return is known where the episode's end is the MDP's own, or what comes after it has a weight below 1%
         terminal_episode = np.repeat(data.terminals[data.ends - 1], data.lengths)
         self.known = torch.as_tensor(np.flatnonzero(terminal_episode | (to_last * gamma < 0.01))).to(device)
 
@@ -334,7 +334,7 @@ def report(learner: Pretraining) -> dict:
         "q_mean": float(q.mean()) if len(q) else None,
         "return_mean": float(returns.mean()) if len(q) else None,
         "spearman_q_vs_return": rank_correlation(q, returns),
-        # about as well as an exact critic would rank episodes by their plain returns, which stage 2 conditions on
+        # what an exact critic could reach: Q ranks by discounted returns, stage 2 conditions on plain ones
         "spearman_discounted_vs_plain_return": rank_correlation(*data.episode_returns),
         "q_abs_mean": float(q_of_all.abs().mean()),
     }
@@ -449,7 +449,8 @@ def run(main) -> None:
         main()
     except (KeyboardInterrupt, OSError, MemoryError, FloatingPointError, RuntimeError) as error:
         # torch raises RuntimeError for want of memory, threads or a compiler; any other is a bug
-        if isinstance(error, RuntimeError) and not re.search("memory|thread|compiler", str(error)):
+        wants = r"(out of|allocate|enough) memory|new thread|compiler"
+        if isinstance(error, RuntimeError) and not re.search(wants, str(error)):
             raise
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error)
         fail("; ".join([reason, *getattr(error, "__notes__", ())]), code=130 if reason == "interrupted" else 1)
@@ -479,7 +480,8 @@ def load_checkpoint(path: Path, *stages: str) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True)
         stage, version = content["stage"], content["format"]
         if stage not in stages or version != FORMAT:
-            fail(f"{path}: of {stage:.40s}.py in format {version:d}, not of {stages[0]}.py in {FORMAT}")
+            other = "; another version wrote it: use that one, or remove it" * (stage in stages)
+            fail(f"{path}: of {stage:.40s}.py in format {version:d}, not of {stages[0]}.py in {FORMAT}{other}")
         return content
     except OSError as error:
         fail(f"{path}: {error.strerror or one_line(error)}")
@@ -586,7 +588,8 @@ def claim(folder: Path, wait: bool = False):
         except BaseException as error:
             path = folder / "resume.pt"
             saved = f"{path} is the last good state" if path.exists() else "nothing was saved"
-            error.add_note(f"{saved}; the same command continues")
+            ruined = isinstance(error, FloatingPointError)  # and would be again
+            error.add_note(saved if ruined else f"{saved}; the same command continues")
             raise
 
 
@@ -612,7 +615,8 @@ def check_finite(learner, sums: torch.Tensor, step: int) -> None:
     """FloatingPointError on NaN and infinity: a bad state never replaces a good one."""
     weights = [p for part in learner.saved_state.values() if isinstance(part, nn.Module) for p in part.parameters()]
     if not all(x.isfinite().all() for x in (sums, *weights)):
-        raise FloatingPointError(f"step {step:,}: a loss or weight is NaN or infinite; try a lower learning rate")
+        why = "a loss or weight is NaN or infinite; try another run with a lower learning rate"
+        raise FloatingPointError(f"step {step:,}: {why}")
 
 
 def save_resume(folder: Path, content: dict, learner, sums: torch.Tensor, done) -> None:
@@ -631,8 +635,8 @@ def restore(content: dict, path: Path, learner, sums: torch.Tensor, total_steps:
             found, expected = content[name], part.state_dict()
             if isinstance(part, torch.optim.Optimizer):
                 (group,), (ours,) = found["param_groups"], expected["param_groups"]
-                group["lr"] = ours["lr"]  # it follows from the flags and the step
-                check_same(group, ours, f"{name}.param_groups")
+                check_same(group | {"lr": 0}, ours | {"lr": 0}, f"{name}.param_groups")
+                group["lr"] = ours["lr"]  # it follows from the flags and the step; stage 2's is on the device
                 weights = enumerate(part.param_groups[0]["params"])
                 moments = {i: dict(step=torch.zeros(()), exp_avg=p, exp_avg_sq=p) for i, p in weights}
                 expected = {i: moments[i] for i in found["state"]}  # none for weights without a gradient

@@ -83,23 +83,23 @@ class Args:
     critic_width: Int = None  # hidden width of the critic, that of --critic (default: 256; small: 128)
     actor_lr: Float = None  # Adam learning rate of the policy, with L2 1e-4 (default: 3e-4; small: 1e-3)
 
-    # weight of the alignment loss, Eq. 6; 0: no critic (default: Table D.8; own data: 100, as for AntMaze there: for
-    # both Q is divided by its mean |min Q| over the data)
+    # weight of the alignment loss, Eq. 6; 0: no critic (default: Table D.8, for -v2 names and AntMaze; other data:
+    # 100, its value for AntMaze; for both, Q is first divided by its mean |min Q| over the data)
     lambda_e: Float = None
-    # std of Eq. 5's delta, in normalised RTG (default: Table D.8; own data: 3 times the range of its RTGs)
+    # std of Eq. 5's delta, in normalised RTG (default: Table D.8; other data: 3 times the range of its RTGs)
     sigma_e: Float = None
-    # by which Eq. 7's targets raise the RTG, normalised (default: Table D.8; own data: a third of that range)
+    # by which Eq. 7's targets raise the RTG, normalised (default: Table D.8; other data: a third of that range)
     delta_rtg: Float = None
     # bounds of a shifted window's first RTG, normalised (default: the release's for D4RL data, else the data's own)
     rtg_range: Annotated[tuple[float, float] | None, BY_DATA] = None
-    # ours: Eq. 5 pushes the actions at most this multiple of imitation's pull (default: 0, no limit; own data: 0.3)
+    # ours: Eq. 5 pushes the actions at most this multiple of imitation's pull (default: 0, no limit; other data: 0.3)
     max_push: Float = None
-    # ours: std of the noise on the actions in Eq. 5, in units of the policy's RMS error (default: 0; own data: 0.3)
+    # ours: std of the noise on the actions in Eq. 5, in units of the policy's RMS error (default: 0; other data: 0.3)
     action_noise: Float = None
-    dropout: Float = None  # dropout rate of the policy in training (default: 0.1; own data: 0)
-    # ours: rate of a moving average of the weights to keep; actor_lr stays constant (default: 0, none; own data: 0.002)
+    dropout: Float = None  # dropout rate of the policy in training (default: 0.1; other data: 0)
+    # ours: rate of a moving average of the weights, at a constant actor_lr (default: 0, none; other data: 0.002)
     average: Float = None
-    eval_context_len: Int = None  # ours: rollouts act on this many last steps; 0: on all K (default: 0; own data: 2)
+    eval_context_len: Int = None  # ours: rollouts act on this many last steps; 0: on all K (default: 0; other data: 2)
     alignment: Literal["one-sided", "symmetric", "squared"] = "one-sided"  # penalty: Eq. 5, or a variant of Table E.11
     conv: bool = True  # causal convolution after W_q, W_k, W_v (App. D.1)
     state_loss: bool = True  # reconstruct states too; a Decision Transformer: --lambda-e 0 --no-conv --no-state-loss
@@ -690,7 +690,7 @@ def main() -> None:
     folder = run_folder(args, args.exp_name)
     config = replace(config, bf16=saved_bf16(folder, STAGE, args.precision, config.bf16))
     identity = {name: value for name, value in vars(config).items() if name not in NOT_OF_THE_RUN}
-    identity |= dict(data=task.digest, critic=other_critic(args, config))
+    identity |= dict(data=task.digest, critic=other_critic(args) if config.lambda_e else None)
     finished = load_own(folder / "policy.pt", STAGE, identity)
     if finished and fits(finished.get("step"), int) and finished["step"] == config.total_steps:
         print(f"{folder}/policy.pt is finished; nothing to do (another run: --exp-name)")
@@ -767,10 +767,10 @@ class Progress:
     q_scale: float = 1.0
 
 
-def other_critic(args: Args, config: Config) -> str | None:
+def other_critic(args: Args) -> str | None:
     """The hash of a --critic that is not stage 1's of this env and seed, and so makes another run; else None."""
     own = run_folder(args, "pretrain_q") / "critic.pt"
-    if config.lambda_e == 0 or not args.critic or os.path.abspath(args.critic) == os.path.abspath(own):
+    if not args.critic or os.path.abspath(args.critic) == os.path.abspath(own):
         return None
     load_checkpoint(Path(args.critic), "pretrain_q")  # exits 2 on anything else
     return hashlib.sha256(Path(args.critic).read_bytes()).hexdigest()[:16]
@@ -858,7 +858,8 @@ def run(main) -> None:
         main()
     except (KeyboardInterrupt, OSError, MemoryError, FloatingPointError, RuntimeError) as error:
         # torch raises RuntimeError for want of memory, threads or a compiler; any other is a bug
-        if isinstance(error, RuntimeError) and not re.search("memory|thread|compiler", str(error)):
+        wants = r"(out of|allocate|enough) memory|new thread|compiler"
+        if isinstance(error, RuntimeError) and not re.search(wants, str(error)):
             raise
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error)
         fail("; ".join([reason, *getattr(error, "__notes__", ())]), code=130 if reason == "interrupted" else 1)
@@ -888,7 +889,8 @@ def load_checkpoint(path: Path, *stages: str) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True)
         stage, version = content["stage"], content["format"]
         if stage not in stages or version != FORMAT:
-            fail(f"{path}: of {stage:.40s}.py in format {version:d}, not of {stages[0]}.py in {FORMAT}")
+            other = "; another version wrote it: use that one, or remove it" * (stage in stages)
+            fail(f"{path}: of {stage:.40s}.py in format {version:d}, not of {stages[0]}.py in {FORMAT}{other}")
         return content
     except OSError as error:
         fail(f"{path}: {error.strerror or one_line(error)}")
@@ -995,7 +997,8 @@ def claim(folder: Path, wait: bool = False):
         except BaseException as error:
             path = folder / "resume.pt"
             saved = f"{path} is the last good state" if path.exists() else "nothing was saved"
-            error.add_note(f"{saved}; the same command continues")
+            ruined = isinstance(error, FloatingPointError)  # and would be again
+            error.add_note(saved if ruined else f"{saved}; the same command continues")
             raise
 
 
@@ -1021,7 +1024,8 @@ def check_finite(learner, sums: torch.Tensor, step: int) -> None:
     """FloatingPointError on NaN and infinity: a bad state never replaces a good one."""
     weights = [p for part in learner.saved_state.values() if isinstance(part, nn.Module) for p in part.parameters()]
     if not all(x.isfinite().all() for x in (sums, *weights)):
-        raise FloatingPointError(f"step {step:,}: a loss or weight is NaN or infinite; try a lower learning rate")
+        why = "a loss or weight is NaN or infinite; try another run with a lower learning rate"
+        raise FloatingPointError(f"step {step:,}: {why}")
 
 
 def save_resume(folder: Path, content: dict, learner, sums: torch.Tensor, done) -> None:
@@ -1040,8 +1044,8 @@ def restore(content: dict, path: Path, learner, sums: torch.Tensor, total_steps:
             found, expected = content[name], part.state_dict()
             if isinstance(part, torch.optim.Optimizer):
                 (group,), (ours,) = found["param_groups"], expected["param_groups"]
-                group["lr"] = ours["lr"]  # it follows from the flags and the step
-                check_same(group, ours, f"{name}.param_groups")
+                check_same(group | {"lr": 0}, ours | {"lr": 0}, f"{name}.param_groups")
+                group["lr"] = ours["lr"]  # it follows from the flags and the step; stage 2's is on the device
                 weights = enumerate(part.param_groups[0]["params"])
                 moments = {i: dict(step=torch.zeros(()), exp_avg=p, exp_avg_sq=p) for i, p in weights}
                 expected = {i: moments[i] for i in found["state"]}  # none for weights without a gradient

@@ -29,7 +29,7 @@ import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # while modules load
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"error: interrupted\n"), os._exit(130)))
@@ -43,11 +43,13 @@ import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
+Text = Annotated[str | None, tyro.conf.arg(help_behavior_hint="")]  # the help text names the default itself
+
 
 @dataclass(frozen=True)
 class Args:
-    env: str | None = None  # task, as in stage 2 (default: the checkpoint's, or halfcheetah-mini without --checkpoint)
-    checkpoint: str = ""  # a policy.pt (default: of the run that --env, --seed and --exp-name name)
+    env: Text = None  # task, as in stage 2 (default: the checkpoint's, or halfcheetah-mini without --checkpoint)
+    checkpoint: Text = ""  # a policy.pt (default: of the run that --env, --seed and --exp-name name)
     compare: tuple[str, ...] = ()  # further HalfCheetah checkpoints, each calibrated by itself, in the same plot
     seed: int = 1  # seed of the run to transfer, and of the episodes
     runs_dir: str = "runs"  # folder of all runs
@@ -62,7 +64,7 @@ class Args:
     # RTG(v): the paper's line, our curve, or both, from the same candidates (video: the first)
     calibration: tuple[Literal["two-point", "monotone"], ...] = ("two-point",)
     budgets: tuple[int, ...] = (40,)  # candidate RTGs at each end; several are Table C.6 (plot and video: the first)
-    calibration_width: float = 2000.0  # the candidates' interval is 1000 v -+ this, raw return
+    calibration_width: float = 2000.0  # the candidates' interval is 1000 v +- this, raw return
     calibration_rollouts: int = 5  # episodes per candidate
     video: tuple[float, ...] = ()  # also a GIF: up to 10 s at each of these velocities (needs OpenGL)
 
@@ -395,7 +397,7 @@ def plot(records: list[dict], title: str):
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.DisallowNone,))
     device, path = pick_device(args.device), policy_path(args, "halfcheetah-mini")
     policies = [load_policy(Path(p), args.precision, device) for p in (path, *args.compare)]
     task = policies[0].task
@@ -451,8 +453,8 @@ def table(record: dict, result: dict) -> str:
 
 # ======== shared: results ========
 BASELINES = ("train_radt", "train_vdt", "tune_vdt", "train_qt", "train_rvdt")  # in baselines/, with policies as here
-OURS = ("lambda_e", "sigma_e", "delta_rtg", "max_push", "action_noise", "dropout", "average", "eval_context_len")
-OURS += ("alignment", "conv", "state_loss", "update_q", "q_noise")  # what result files say of a Q-Align DT
+REPORTED = ("lambda_e", "sigma_e", "delta_rtg", "max_push", "action_noise", "dropout", "average", "eval_context_len")
+REPORTED += ("alignment", "conv", "state_loss", "update_q", "q_noise")  # what result files say of a Q-Align DT
 
 
 class Trained(NamedTuple):
@@ -467,7 +469,7 @@ class Trained(NamedTuple):
     def identity(self) -> dict:
         """What result files say of a checkpoint."""
         config = self.content["config"]
-        names = ("seed", "total_steps", *(() if "method" in config else OURS))
+        names = ("seed", "total_steps", *(() if "method" in config else REPORTED))
         method = config.get("method") or method_of(config["lambda_e"], config["conv"], config["state_loss"])
         about = {"checkpoint": str(self.path), "method": method, "step": self.content["step"], "env": self.task.name}
         data = {name: getattr(self.task, name) for name in ("label", "is_d4rl", "digest")}
@@ -483,12 +485,12 @@ def method_of(lambda_e: float, conv: bool, state_loss: bool) -> str:
 
 def label_of(record: dict) -> str:
     """A legend's text: with what makes two runs of one method differ."""
-    ours = ("max_push", "action_noise", "average", "q_noise") if record.get("lambda_e") else ("average",)
-    ours = "".join(f", {name} {record[name]:g}" for name in ours if record.get(name))
+    names = ("max_push", "action_noise", "average", "q_noise") if record.get("lambda_e") else ("average",)
+    text = "".join(f", {name} {record[name]:g}" for name in names if record.get(name))
     if record.get("lambda_e"):
-        ours += f", {record['alignment']}" * (record["alignment"] != "one-sided")
-        ours += ", fixed critic" * (not record["update_q"])
-    return f"{record['method']}, seed {record['seed']}{ours}"
+        text += f", {record['alignment']}" * (record["alignment"] != "one-sided")
+        text += ", fixed critic" * (not record["update_q"])
+    return f"{record['method']}, seed {record['seed']}{text}"
 
 
 def policy_path(args, default: str) -> Path:
@@ -562,12 +564,14 @@ def write_results(stem: Path, result: dict, rows: list[dict], figure=None) -> No
 
 
 def make_renderer(task: Task):
-    """MuJoCo's offscreen renderer; exits 2 where no OpenGL works."""
+    """MuJoCo's offscreen renderer; exits 2 where no OpenGL works, and for an environment without a MuJoCo model."""
     try:
         import mujoco
 
+        if not (model := getattr(make_env(task.env_id, task.env_kwargs).unwrapped, "model", None)):
+            fail(f"--video: {task.env_id} has no MuJoCo model")
         with warnings.catch_warnings(action="ignore"):
-            return mujoco.Renderer(make_env(task.env_id, task.env_kwargs).unwrapped.model, 200, 240)
+            return mujoco.Renderer(model, 200, 240)
     except Exception as error:  # each OpenGL backend has kinds of its own
         fail(f"--video: MuJoCo finds no OpenGL here ({one_line(error):.80}); without a screen, set MUJOCO_GL=egl")
 
@@ -579,7 +583,8 @@ def video(trained: Trained, targets, captions, seeds, steps: int, renderer, **op
 
     result = rollout(trained, targets, seeds, steps, "video", keep_qpos=True, **options)
     env = make_env(trained.task.env_id, trained.task.env_kwargs).unwrapped
-    camera = "above" if trained.task.body in ("antmaze", "maze2d") else "track"
+    cameras = [env.model.camera(i).name for i in range(env.model.ncam)]
+    camera = next((name for name in ("above", "track") if name in cameras), -1)  # -1: MuJoCo's free one
     stride, steps = max(1, round(0.08 / env.dt)), min(int(result.lengths.max()), round(10 / env.dt))
     frames = []
     for t in range(0, steps, stride):
@@ -670,7 +675,8 @@ def run(main) -> None:
         main()
     except (KeyboardInterrupt, OSError, MemoryError, FloatingPointError, RuntimeError) as error:
         # torch raises RuntimeError for want of memory, threads or a compiler; any other is a bug
-        if isinstance(error, RuntimeError) and not re.search("memory|thread|compiler", str(error)):
+        wants = r"(out of|allocate|enough) memory|new thread|compiler"
+        if isinstance(error, RuntimeError) and not re.search(wants, str(error)):
             raise
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error)
         fail("; ".join([reason, *getattr(error, "__notes__", ())]), code=130 if reason == "interrupted" else 1)
@@ -700,7 +706,8 @@ def load_checkpoint(path: Path, *stages: str) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True)
         stage, version = content["stage"], content["format"]
         if stage not in stages or version != FORMAT:
-            fail(f"{path}: of {stage:.40s}.py in format {version:d}, not of {stages[0]}.py in {FORMAT}")
+            other = "; another version wrote it: use that one, or remove it" * (stage in stages)
+            fail(f"{path}: of {stage:.40s}.py in format {version:d}, not of {stages[0]}.py in {FORMAT}{other}")
         return content
     except OSError as error:
         fail(f"{path}: {error.strerror or one_line(error)}")

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -88,11 +89,12 @@ def test_video_shows_one_episode_per_target_side_by_side(policy_file):
 @pytest.mark.slow
 def test_video_with_mujocos_renderer(policy_file):
     """In a process of its own, since MuJoCo reads MUJOCO_GL where it is imported."""
-    command = [sys.executable, stage3.__file__, "--checkpoint", str(policy_file), "--rollouts", "1", "--device", "cpu"]
     environment = os.environ | {"MUJOCO_GL": "egl"}
-    done = subprocess.run([*command, "--video", "100", "3000"], capture_output=True, text=True, env=environment)
-    if "finds no OpenGL" in done.stderr:
+    probe = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'))"
+    if subprocess.run([sys.executable, "-c", probe], capture_output=True, env=environment).returncode:
         pytest.skip("no OpenGL on this machine")
+    command = [sys.executable, stage3.__file__, "--checkpoint", str(policy_file), "--rollouts", "1", "--device", "cpu"]
+    done = subprocess.run([*command, "--video", "100", "3000"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     picture = Image.open(policy_file.parent / "video.gif")
     frames = []
@@ -118,6 +120,32 @@ def test_without_a_mujoco_model_there_is_neither_video_nor_velocity(
     monkeypatch.setattr(stage3, "rollout", None)  # would raise if it were called
     code, out, err = run_main(stage3, "--checkpoint", tmp_path / "policy.pt", *flags)
     assert (code, out) == (2, "") and err.count("\n") == 1 and "Pendulum-v1 has no MuJoCo model" in err
+
+
+@pytest.mark.parametrize("cameras, expected", [(["track"], "track"), (["track", "above"], "above"), ([], -1)])
+def test_a_video_is_seen_by_the_camera_that_the_model_has(cameras, expected, policy_file, monkeypatch):
+    import mujoco
+
+    cameras = "".join(f"<camera name='{name}'/>" for name in cameras)
+    body = "<body><joint name='rootx' type='slide' axis='1 0 0'/><geom size='.1'/></body>"
+    model = mujoco.MjModel.from_xml_string(f"<mujoco><worldbody>{cameras}{body}</worldbody></mujoco>")
+    env, seen = SimpleNamespace(model=model, data=mujoco.MjData(model), dt=0.01), []
+    episode = SimpleNamespace(lengths=np.array([1]), qpos=np.zeros((1, 1, 1)), velocities=np.zeros((1, 1)))
+    monkeypatch.setattr(stage3, "make_env", lambda *_: SimpleNamespace(unwrapped=env))
+    monkeypatch.setattr(stage3, "rollout", lambda *_, **__: episode)
+    picture = np.zeros((40, 48, 3), np.uint8)
+    renderer = SimpleNamespace(update_scene=lambda data, camera: seen.append(camera), render=lambda: picture)
+    trained = stage3.load_policy(policy_file, "fp32", torch.device("cpu"))
+    assert stage3.video(trained, [1.0], ["1"], [1], 10, renderer)[:3] == b"GIF" and seen == [expected]
+
+
+def test_the_renderer_comes_before_the_first_environment(policy_file, run_main, monkeypatch):
+    """An environment without a renderer imports MuJoCo with OpenGL switched off, for the whole process."""
+    calls, real = [], stage3.make_env
+    monkeypatch.setattr(stage3, "make_renderer", lambda task: calls.append("renderer") or stage3.fail("stop"))
+    monkeypatch.setattr(stage3, "make_env", lambda *args: calls.append("environment") or real(*args))
+    assert run_main(stage3, "--checkpoint", policy_file, "--video", 100, "--trajectories")[0] == 2
+    assert calls == ["renderer"]
 
 
 def test_video_without_opengl_is_one_line_and_writes_nothing(policy_file, run_main, monkeypatch):

@@ -176,6 +176,7 @@ def test_help_has_a_text_for_every_flag(script, monkeypatch):
             continue
         words = re.sub(r"\([^()]*\)|\{[^}]*\}|--[\w-]+", "", texts[flag])
         assert len(re.findall(r"[a-z]{2,}", words)) >= 2, texts[flag]
+        assert not re.search(r"default:\s+None|\{None\}", texts[flag]), texts[flag]
 
 
 def subprocess_help(path, cwd=None):

@@ -118,6 +118,16 @@ def test_q_is_ranked_against_plain_and_discounted_returns_of_the_sweep(pipeline,
         assert [row["q_mean"], row["discounted_return_mean"]] == pytest.approx(means, rel=1e-5)
 
 
+def test_q_stands_beside_the_return_of_the_rewards_that_the_critic_saw(pipeline):
+    """AntMaze's are shifted, VDT's are scaled; what comes after the end of a rollout counts nothing."""
+    trained = stage3.load_policy(pipeline.policy, "fp32", CPU)
+    result = stage3.rollout(trained, [50.0], [1], 3, "test")._replace(rewards=np.array([[1.0, 2.0, np.nan]]))
+    trained.content.update(gamma=0.5, config=trained.content["config"] | {"reward_scale": 10.0})
+    shifted = trained._replace(task=replace(trained.task, reward_shift=-1.0))
+    assert stage3.q_and_outcome(trained, result)[1].tolist() == [20.0]
+    assert stage3.q_and_outcome(shifted, result)[1].tolist() == [5.0]
+
+
 def test_targets_go_in_steps_from_the_lowest_to_the_highest_return():
     task = task_of(ENV)
     targets = stage3.target_returns(task, np.array([315.87, 1000.0, 3222.36]), 100.0)

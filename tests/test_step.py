@@ -239,6 +239,22 @@ def test_new_learning_rates_stay_in_place_too(data):
     assert before == [opt.param_groups[0]["lr"].data_ptr() for opt in (learner.actor_opt, learner.critic_opt)]
 
 
+def test_a_run_resumes_with_learning_rates_on_a_device(data):
+    """A checkpoint is read onto the CPU. (The device here is meta, which every machine has.)"""
+    learner = co_training(data)
+    learner.step()
+    for opt in (learner.actor_opt, learner.critic_opt):
+        opt.param_groups[0]["lr"] = torch.zeros((), device="meta")
+    content = {name: part.state_dict() for name, part in learner.saved_state.items()}
+    content = copy.deepcopy(content) | dict(progress=vars(stage2.Progress(step=1)), sums=torch.ones(3))
+    for name in ("actor_opt", "critic_opt"):
+        content[name]["param_groups"][0]["lr"] = torch.zeros(())
+    content["random"] = (learner.generator.get_state(), torch.get_rng_state(), torch.zeros(0))
+    sums = torch.zeros(3)
+    assert stage2.restore(content, ROOT, learner, sums, 10, stage2.Progress).step == 1 and sums.tolist() == [1, 1, 1]
+    assert learner.actor_opt.param_groups[0]["lr"].device.type == "meta"
+
+
 def test_the_watch_sees_what_a_cuda_graph_cannot_record():
     x = torch.randn(5)
     bad = [lambda: x.sum().item(), lambda: x[x > 0], x.nonzero, lambda: x + torch.tensor(1.0), lambda: bool(x[0] > 0)]
