@@ -47,6 +47,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # stage 2, for how a run is kept and resumed
 from train_qalign_dt import (
+    Float,
+    Int,
     Log,
     check_args,
     check_finite,
@@ -76,8 +78,8 @@ class Args:
     qualities: tuple[Quality, ...] = ("random", "medium-replay", "medium", "expert", "medium-expert")
     transitions: int = 1_000_000  # at least this many per policy, in whole episodes (mini: at most, in the file)
     total_steps: int = 1_000_000  # environment steps of training; raise it to continue a finished run
-    medium_return: float | None = None  # raw return that makes a policy "medium" (default: a third of the expert's)
-    eval_every: int | None = None  # training steps between two evaluations, whose policies are kept (default: 5,000)
+    medium_return: Float = None  # raw return that makes a policy "medium" (default: a third of the expert's)
+    eval_every: Int = None  # training steps between two evaluations, whose policies are kept (default: 5,000)
     # mini: of each bin of returns, the episodes of the steadiest reward first: a return then means one speed, and not a
     # sprint and a fall
     steady: bool = False
@@ -89,9 +91,14 @@ class Args:
     exp_name: str = "collect_dataset"  # names the run's folder: <runs-dir>/<env-id>__<exp-name>__<seed>
 
     def __post_init__(self):
-        check_args(self, {"transitions": 1, "total_steps": START + EVAL_EVERY, "num_envs": 1, "medium_return": -1e9})
+        check_args(self, {"transitions": 1, "total_steps": 1, "num_envs": 1, "medium_return": -1e9})
         if self.eval_every is not None and self.eval_every < self.num_envs:
             raise ValueError(f"--eval-every {self.eval_every}: must be at least --num-envs, {self.num_envs}")
+        every = self.eval_every or EVAL_EVERY
+        if self.total_steps < (first := (START // every + 1) * every):
+            raise ValueError(
+                f"--total-steps {self.total_steps}: the first trained policy is evaluated at step {first:,}"
+            )
         if self.num_envs > LOG_EVERY or not self.qualities:
             raise ValueError(f"--num-envs must be at most {LOG_EVERY:,}, and --qualities name at least one")
 
@@ -243,7 +250,7 @@ def update(opt: torch.optim.Optimizer, loss: torch.Tensor) -> None:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.DisallowNone,))
     n, out_dir = args.num_envs, Path(args.out_dir or Path(__file__).resolve().parent)
     minari = args.format == "minari"  # whose episodes hold their last observation, too
     envs = Episodes(args.env_id, n, args.seed * 10**18, keep_next=minari)

@@ -78,7 +78,7 @@ MAZE2D = dict(body="maze2d", obs_dim=4, act_dim=2, rtg_scale=10.0, targets=(300.
 MAZE2D |= dict(sweep=tuple(20.0 * k for k in range(16)))
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")  # of D4RL's layout
 HARMLESS = ("Monitor", "OrderEnforcing", "PassiveEnvChecker", "RecordEpisodeStatistics", "RecordVideo", "TimeLimit")
-NO_MATTER = ("render", "width", "height", "camera", "default_camera")  # how keyword arguments start that only draw
+DRAWING_ONLY = ("render", "width", "height", "camera", "default_camera")  # how keyword arguments start that only draw
 
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
 MIRROR_URL = "https://huggingface.co/datasets/imone/D4RL/resolve/main"  # the same names in one folder
@@ -171,7 +171,7 @@ def d4rl_name(task: dict) -> str:
 
 
 def fetch(task: dict, path: Path) -> None:
-    """Bring the data of a name here that are missing: download D4RL's, or exit 2 and say what to do."""
+    """Download D4RL's missing file; for any other name exit 2 and say how to get it."""
     if "/" in task["name"]:
         metadata = path.parent / "metadata.json"
         if metadata.is_file() and "arrow" in metadata.read_text(errors="replace"):
@@ -314,7 +314,9 @@ def read_minari(f: h5py.File, task: dict) -> list[np.ndarray]:
         if T:
             columns[3] = np.arange(T) == T - 1  # an episode ends where its group does
             parts.append([observations[:T], *columns])
-    return [np.concatenate(arrays) for arrays in zip(*parts)] if parts else [np.zeros((0, 1)) for _ in KEYS]
+    if not parts:
+        raise ValueError("no episode with a step in it")
+    return [np.concatenate(arrays) for arrays in zip(*parts)]
 
 
 def d4rl_spec(f: h5py.File) -> dict:
@@ -357,7 +359,7 @@ def as_recorded(task: dict, path: Path, spec: dict) -> dict:
     found, kwargs, limit = spec["id"], spec["kwargs"], spec["max_episode_steps"]
     if not isinstance(found, str | None) or not isinstance(kwargs, dict):
         fail(f"{path}: the environment's id or arguments are not plain values")
-    kwargs = {k: v for k, v in kwargs.items() if not k.startswith(NO_MATTER)}
+    kwargs = {k: v for k, v in kwargs.items() if not k.startswith(DRAWING_ONLY)}
     if limit is not None:
         if not isinstance(limit, int | np.integer) or limit is True or not 0 < limit <= 10**6:
             fail(f"{path}: max_episode_steps {limit!r:.40} is no number of steps")

@@ -613,7 +613,9 @@ def test_a_nan_stops_the_training_and_keeps_the_last_good_state(tmp_path, monkey
         return torch.tensor([1.0, 1.0, 1.0, 1.0 if len(calls) < 60 else float("nan"), 1.0])
 
     monkeypatch.setattr(stage0.SAC, "step", step)
-    one_line(collect(tmp_path, "random"), 1, "NaN", "resume.pt is the last good state")
+    result = collect(tmp_path, "random")
+    one_line(result, 1, "NaN", "resume.pt is the last good state")
+    assert "the same command continues" not in result[2]  # to the same NaN
     assert resume_pt(tmp_path)["progress"]["step"] == 96 and len(calls) == 96  # seen at step 144, with the next row
     assert "nan" not in (tmp_path / RUN / "metrics.csv").read_text()
 
@@ -676,8 +678,8 @@ def test_bad_arguments(tmp_path, collected, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda *_: False)  # a folder that cannot be written to: root writes everywhere
         one_line(collect(tmp_path, "random"), 2, "--out-dir", "cannot write there")
-    of_tyro = "--total-steps 143, --transitions 0, --num-envs 0, --num-envs 49, --seed -1, --qualities, --exp-name ../x"
-    for flags in [*of_tyro.split(", "), "--medium-return nan"]:
+    of_tyro = "--total-steps 95, --transitions 0, --num-envs 0, --num-envs 49, --seed -1, --qualities, --exp-name ../x"
+    for flags in [*of_tyro.split(", "), "--medium-return nan", "--total-steps 200 --eval-every 201"]:
         code, out, err = call(stage0, "--out-dir", tmp_path / "new", *flags.split())
         assert (code, out) == (2, "") and flags.split()[0] in err and "Traceback" not in err, (flags, err)
     assert {path.name for path in tmp_path.iterdir()} == {"file", "elsewhere", "data"}
