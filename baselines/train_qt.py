@@ -18,6 +18,7 @@ resumes (train_radt.py has the loop around the steps). train_rvdt.py imports the
 """
 
 import copy
+import functools
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -33,12 +34,15 @@ from train_radt import RunArgs, fill_in, find_run, train
 from train_qalign_dt import (
     Batch,
     Ensemble,
+    Float,
+    Int,
     Policy,
     Windows,
     descend,
     ema_update,
     make_policy,
     masked_mean,
+    other_critic,
     pretrained,
     run,
     supervised_loss,
@@ -55,18 +59,18 @@ class Args(RunArgs):
     critic: str = ""
 
     # gradient steps; both learning rates fall to 0 over them (default: 100,000; small: 5,000)
-    total_steps: int | None = None
-    embed_dim: int | None = None  # width of the transformer (default: 256; small: 64)
-    n_layer: int | None = None  # number of transformer blocks (default: 4; small: 2)
-    n_head: int | None = None  # attention heads per block (default: 4; small: 2)
+    total_steps: Int = None
+    embed_dim: Int = None  # width of the transformer (default: 256; small: 64)
+    n_layer: Int = None  # number of transformer blocks (default: 4; small: 2)
+    n_head: Int = None  # attention heads per block (default: 4; small: 2)
     # K, the window length in steps (default: 20; halfcheetah-medium and -medium-replay: 5; small: 10)
-    context_len: int | None = None
-    batch_size: int | None = None  # windows per gradient step (default: 256; small: 64)
-    critic_width: int | None = None  # hidden width of the critic, that of --critic (default: 256; small: 128)
-    actor_lr: float | None = None  # Adam learning rate of the policy, with L2 1e-4 (default: 3e-4; small: 1e-3)
+    context_len: Int = None
+    batch_size: Int = None  # windows per gradient step (default: 256; small: 64)
+    critic_width: Int = None  # hidden width of the critic, that of --critic (default: 256; small: 128)
+    actor_lr: Float = None  # Adam learning rate of the policy, with L2 1e-4 (default: 3e-4; small: 1e-3)
     # weight of the Q term; 0 leaves a DT (default: the release's; ours where it has no value: expert and random as
     # medium-expert, AntMaze's play as diverse, Ant and own data 1)
-    eta: float | None = None
+    eta: Float = None
     gamma: float = 0.99  # discount of a random critic; stage 1's has its own
 
     def __post_init__(self):
@@ -143,9 +147,9 @@ def release_settings(task) -> dict:
 def resolve(args: Args, task, data, device: torch.device) -> Config:
     """Fill in the defaults that depend on the task, the data and the hardware."""
     release = release_settings(task)
-    values = fill_in(args, task, data, device, PAPER | release, SMALL | release)
+    values = fill_in(args, task, data, device, PAPER | release, release | SMALL)
     values["best_return"] = float(data.returns.max())
-    values["critic"] = "none" if args.critic == "none" else "stage 1"
+    values["critic"] = "none" if args.critic == "none" else other_critic(args) or "stage 1"
     return Config(**values)
 
 
@@ -246,7 +250,8 @@ class Training:
 
     def content(self, step: int) -> dict:
         """Its own part of policy.pt."""
-        return {"policy": self.policy.state_dict(), "critic": self.target_critic.state_dict()}
+        critic = self.target_critic.state_dict() if self.config.eta else None  # without eta nothing has trained it
+        return {"policy": self.policy.state_dict(), "critic": critic}
 
 
 class Candidates(nn.Module):
@@ -273,8 +278,13 @@ class Candidates(nn.Module):
 
 
 def make_candidates(task, content: dict, policy: Policy, draw: bool = False) -> Candidates:
-    """A checkpoint's policy with its target critic, for rollouts that ask for the data's best return."""
+    """A checkpoint's policy with its target critic, for rollouts that ask for the data's best return.
+
+    ValueError if it has no critic.
+    """
     config, device = content["config"], next(policy.parameters()).device
+    if not content["critic"]:
+        raise ValueError("trained with --eta 0, so there is no Q to choose by")
     critic, best = Ensemble(2, task.obs_dim + task.act_dim, config["critic_width"]), config["best_return"]
     critic.load_state_dict(content["critic"])
     of_release = CANDIDATES.get(task.body) if task.is_d4rl or task.body in FIXED_RETURNS else None
@@ -283,11 +293,8 @@ def make_candidates(task, content: dict, policy: Policy, draw: bool = False) -> 
     return Candidates(policy, critic, offsets, draw).to(device).eval()
 
 
-def make_softmax(task, content: dict, policy: Policy) -> Candidates:
-    return make_candidates(task, content, policy, draw=True)
-
-
-INFERENCE = {"best": make_candidates, "softmax": make_softmax}  # for evaluate_alignment.py --high-targets --inference
+# what evaluate_alignment.py --high-targets --inference can ask for
+INFERENCE = {"best": make_candidates, "softmax": functools.partial(make_candidates, draw=True)}
 
 
 def from_stage_1(found) -> tuple:

@@ -23,7 +23,7 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -32,8 +32,11 @@ import tyro
 
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # this folder, and stage 2's
 from train_qalign_dt import (
+    BY_DATA,
     MAX_TIMESTEP,
     Batch,
+    Float,
+    Int,
     Log,
     Windows,
     check_args,
@@ -69,7 +72,7 @@ class RunArgs:
     exp_name: str = ""  # name of this experiment; the run folder is <runs-dir>/<env>__<exp-name>__<seed>
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to train; auto takes CUDA if there is one
     # sizes and steps: the method's own, or small ones that take minutes on a CPU (default: paper; mini: small)
-    preset: Literal["paper", "small"] | None = None
+    preset: Annotated[Literal["paper", "small"] | None, BY_DATA] = None
     track: bool = False  # log to Weights & Biases, too: pip install wandb
     checkpoint_minutes: float = 2.0  # wall-clock time between resume.pt files
 
@@ -85,15 +88,16 @@ class RunArgs:
 class Args(RunArgs):
     exp_name: str = "train_radt"  # name of this experiment; the run folder is <runs-dir>/<env>__<exp-name>__<seed>
 
-    total_steps: int | None = None  # gradient steps (default: 100,000; small: 5,000)
-    # width of the network (default: 128; 256 for halfcheetah-medium, ant-medium-expert, antmaze-umaze; small: 64)
-    embed_dim: int | None = None
-    n_layer: int | None = None  # number of blocks (default: 3; hopper-medium and small: 2)
-    n_head: int | None = None  # attention heads per block (default: 1; small: 2)
-    context_len: int | None = None  # K, the window length in environment steps (default: 20; small: 10)
-    batch_size: int | None = None  # windows per gradient step (default: 64; antmaze: 256)
-    lr: float | None = None  # AdamW learning rate after the warm-up (default: 1e-4; small: 1e-3)
-    warmup_steps: int | None = None  # gradient steps in which it rises from 0 (default: 10,000; small: 500)
+    total_steps: Int = None  # gradient steps (default: 100,000; small: 5,000)
+    # width of the network (default: 128; 256 for halfcheetah-medium, ant-medium-expert, antmaze-umaze, -umaze-diverse;
+    # small: 64)
+    embed_dim: Int = None
+    n_layer: Int = None  # number of blocks (default: 3; hopper-medium and small: 2)
+    n_head: Int = None  # attention heads per block (default: 1; small: 2)
+    context_len: Int = None  # K, the window length in environment steps (default: 20; small: 10)
+    batch_size: Int = None  # windows per gradient step (default: 64; antmaze: 256)
+    lr: Float = None  # AdamW learning rate after the warm-up (default: 1e-4; small: 1e-3)
+    warmup_steps: Int = None  # gradient steps in which it rises from 0 (default: 10,000; small: 500)
 
     seqra: bool = True  # cross-attention to the returns
     stepra: bool = True  # return-dependent LayerNorms; without, they have weights of their own

@@ -35,12 +35,12 @@ import torch
 import torch.nn as nn
 
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # this folder, and stage 2's
-from train_qt import PAPER, from_stage_1, release_settings
+from train_qt import PAPER, SMALL, from_stage_1, release_settings
 from train_qt import Args as QTArgs
 from train_qt import Training as QTTraining
 from train_radt import fill_in, find_run, train
 
-from train_qalign_dt import Policy, Windows, check_args, descend, masked_mean, run
+from train_qalign_dt import Float, Int, Policy, Windows, check_args, descend, masked_mean, other_critic, run
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Args(QTArgs):
 
     exp_name: str = "train_rvdt"  # name of this experiment; the run folder is <runs-dir>/<env>__<exp-name>__<seed>
     # K, the window length in environment steps of three tokens (default: 20; small: 10)
-    context_len: int | None = None
-    eta: float | None = None  # weight of the Q term; 0: none, as in RDT (default: train_qt.py's)
+    context_len: Int = None
+    eta: Float = None  # weight of the Q term; 0: none, as in RDT (default: train_qt.py's)
     # how the best trajectories count more: by the KL to the expert; by weight; by drawing them more often; not at all
     rebalance: Literal["kl", "weight", "dup", "none"] = "kl"
     alpha: float = 1.0  # weight of the KL term
@@ -79,8 +79,6 @@ class Config(Args):
     method: str = "RVDT"  # how tables and figures call it
 
 
-SMALL = dict(total_steps=5_000, embed_dim=64, n_layer=2, n_head=2, context_len=10, batch_size=64)
-SMALL |= dict(critic_width=128, actor_lr=1e-3, dropout=0.0)  # as QT's
 SIGMA = 0.1  # the fixed std
 EXPERT_BATCH, EXPERT_EVERY, EXPERT_PATIENCE = 256, 500, 4  # its held-out loss is looked at every so many steps
 
@@ -89,7 +87,7 @@ def resolve(args: Args, task, data, device: torch.device) -> Config:
     """Fill in the defaults that depend on the task, the data and the hardware."""
     qt = {name: x for name, x in release_settings(task).items() if name != "context_len"}
     values = fill_in(args, task, data, device, PAPER | qt, SMALL | qt)
-    values["critic"] = "none" if args.critic == "none" else "stage 1"
+    values["critic"] = "none" if args.critic == "none" else other_critic(args) or "stage 1"
     values["method"] = method_of(values["eta"], args.rebalance, args.std)
     return Config(**values)
 
@@ -217,7 +215,7 @@ def fit_expert(task, windows: Windows, data, chosen: np.ndarray, config: Config)
                 best, best_loss, since = copy.deepcopy(expert.state_dict()), loss, 0
             if since == EXPERT_PATIENCE:
                 break
-    opt.zero_grad()
+    opt.zero_grad()  # frees the gradients
     expert.load_state_dict(best)
     print(f"expert: {len(episodes)} parts of the best data, {step + 1:,} steps, held-out loss {best_loss:.4f}")
     return expert.requires_grad_(False).eval()

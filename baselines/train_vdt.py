@@ -13,8 +13,8 @@ that rolls several return requests out in a learned model and takes the best one
 
 Three phases, one after the other: Q and V (which never see the policy), the policy, the model. The poster decides;
 its authors' code (ruthless-man/VDT) trains another loss, with n = 1, and plans in a second simulator. Ours: n, the
-model, lambda's normalisation by nu, the mean over dimensions, eta at the small preset; else eta, and the rewards' scale
-in Q and V, are IQL's.
+model, lambda's normalisation by nu, the mean over dimensions, and eta at the small preset. Otherwise eta is IQL's, and
+so is the rewards' scale in Q and V.
 
 Writes runs/<env>__<exp-name>__<seed>/ with policy.pt, resume.pt, metrics.csv and TensorBoard events; the same command
 resumes (train_radt.py has the loop around the steps). tune_vdt.py imports ValueGuided.
@@ -35,8 +35,9 @@ sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # this folder, an
 from train_radt import RunArgs, fill_in, find_run, train
 
 from train_qalign_dt import (
-    MAX_TIMESTEP,
     Ensemble,
+    Float,
+    Int,
     Policy,
     Windows,
     descend,
@@ -54,27 +55,27 @@ class Args(RunArgs):
     # arithmetic of the transformer's blocks; auto: bf16 where the hardware has it. All else is always float32
     precision: Literal["auto", "bf16", "fp32"] = "auto"
 
-    total_steps: int | None = None  # gradient steps of the policy (default: 100,000; small: 5,000)
-    embed_dim: int | None = None  # width of the transformer (default: 256; small: 64)
-    n_layer: int | None = None  # number of transformer blocks (default: 6; small: 2)
-    n_head: int | None = None  # attention heads per block (default: 4; small: 2)
+    total_steps: Int = None  # gradient steps of the policy (default: 100,000; small: 5,000)
+    embed_dim: Int = None  # width of the transformer (default: 256; small: 64)
+    n_layer: Int = None  # number of transformer blocks (default: 6; small: 2)
+    n_head: Int = None  # attention heads per block (default: 4; small: 2)
     # K, the window length in environment steps of three tokens (default: 20; small: 10)
-    context_len: int | None = None
-    batch_size: int | None = None  # windows per gradient step (default: 256; small: 64)
-    actor_lr: float | None = None  # Adam learning rate of the policy, cosine to 0 (default: 3e-4; small: 1e-3)
+    context_len: Int = None
+    batch_size: Int = None  # windows per gradient step (default: 256; small: 64)
+    actor_lr: Float = None  # Adam learning rate of the policy, cosine to 0 (default: 3e-4; small: 1e-3)
 
-    value_steps: int | None = None  # gradient steps of Q and V (default: 1,000,000; small: 10,000)
+    value_steps: Int = None  # gradient steps of Q and V (default: 1,000,000; small: 10,000)
     # so many of them take whole discounted returns as targets, as n = infinity does (default: 0; small: 9,000)
-    warm_start_steps: int | None = None
-    critic_width: int | None = None  # hidden width of Q and V (default: 256; small: 128)
+    warm_start_steps: Int = None
+    critic_width: Int = None  # hidden width of Q and V (default: 256; small: 128)
     n_step: int = 5  # n of Q's targets
-    expectile: float | None = None  # epsilon of V (default: 0.7; AntMaze: 0.9)
+    expectile: Float = None  # epsilon of V (default: 0.7; AntMaze: 0.9)
     gamma: float = 0.99  # discount of Q and V
     # of the weights exp(eta * advantage); 0: none, as in Table 3 (default: 3, IQL's; small: 0.3)
-    eta: float | None = None
+    eta: Float = None
     q_weight: float = 1.0  # lambda, the weight of the Q term; 0: none (Table 3)
     # gradient steps of the environment model, which only `--inference plan` uses (default: 50,000; small: 5,000)
-    model_steps: int | None = None
+    model_steps: Int = None
     plan_steps: int = 5  # E, the number of Q terms that the planner sums; 1 is greedy
 
     def __post_init__(self):
@@ -271,10 +272,11 @@ class Plan(nn.Module):
     its offset.
     """
 
-    def __init__(self, policy, critic, model, offsets, rtg_scale: float, gamma: float, steps: int):
+    def __init__(self, policy, critic, model, offsets, rtg_scale: float, gamma: float, steps: int, max_timestep: int):
         super().__init__()
         self.policy, self.critic, self.model = policy, critic, model
         self.offsets, self.rtg_scale, self.gamma, self.steps = torch.as_tensor(offsets), rtg_scale, gamma, steps
+        self.last_time = max_timestep - 1
 
     def act(self, rtg, obs, act, timestep, valid):
         m, (B, K) = len(self.offsets), rtg.shape
@@ -287,7 +289,7 @@ class Plan(nn.Module):
             act = torch.cat([act[:, 1:-1], action[:, None], torch.zeros_like(action)[:, None]], dim=1)[:, -K:]
             rtg = torch.cat([rtg[:, 1:], rtg[:, -1:] - reward[:, None] / self.rtg_scale], dim=1)
             obs = torch.cat([obs[:, 1:], state[:, None]], dim=1)
-            timestep = torch.cat([timestep[:, 1:], (timestep[:, -1:] + 1).clamp(max=MAX_TIMESTEP - 1)], dim=1)
+            timestep = torch.cat([timestep[:, 1:], (timestep[:, -1:] + 1).clamp(max=self.last_time)], dim=1)
             valid = torch.cat([valid[:, 1:], torch.ones_like(valid[:, :1])], dim=1)
             action = self.policy.act(rtg, obs, act, timestep, valid)
             total = total + self.gamma**i * self.critic(state, action).amin(dim=0)
@@ -306,7 +308,7 @@ def make_planner(task, content: dict, policy: Policy) -> Plan:
     critic.load_state_dict(content["critic"])
     model.load_state_dict(content["model"])
     offsets = [(x - 1) * abs(config["best_return"]) / task.rtg_scale for x in CANDIDATES]
-    how = (task.rtg_scale, config["gamma"], config["plan_steps"])
+    how = (task.rtg_scale, config["gamma"], config["plan_steps"], config["max_timestep"])
     return Plan(policy, critic, model, offsets, *how).to(device).eval()
 
 

@@ -5,7 +5,7 @@
 Each round collects one whole episode, asked for more than the data's best return and with noise on the actions, and
 takes gradient steps on a buffer of whole trajectories:
 
-    Buffer            first the best offline episodes; a new one overwrites the oldest, so the worst of them goes first
+    Buffer            first the best offline episodes; a new one overwrites the oldest; the worst offline one goes first
     Windows.sample    a trajectory by its length, then a start in it: every stored transition is equally likely
     returns_to_go     RTG alignment: what a trajectory collected is what its tokens say, whatever was asked for
     ValueGuided       train_vdt.py's steps of Q, V and policy; a DT is tuned by imitation alone
@@ -36,6 +36,7 @@ from train_vdt import Transitions, ValueGuided
 from train_qalign_dt import (
     Dataset,
     Ensemble,
+    Int,
     Log,
     Windows,
     check_args,
@@ -67,7 +68,7 @@ class Args(RunArgs):
     # policy.pt of train_vdt.py, or of a DT of train_qalign_dt.py (default: train_vdt.py's of this env and seed)
     checkpoint: str = ""
 
-    env_steps: int | None = None  # environment steps to collect, in whole episodes (default: 200,000; small: 20,000)
+    env_steps: Int = None  # environment steps to collect, in whole episodes (default: 200,000; small: 20,000)
     capacity: int = 1000  # trajectories in the buffer
     updates: int = 300  # gradient steps of Q and V, and of the policy, after each episode
     request: float = 1.2  # return to ask for, as a multiple of the best offline return (1.2 of -100 means -80)
@@ -120,9 +121,10 @@ class Buffer:
 
 
 @torch.no_grad()
-def run_episode(policy, task, K: int, request: float, offline, seed: int, noise=0.0, generator=None) -> tuple:
+def run_episode(policy, config, request: float, offline, seed: int, noise=0.0, generator=None) -> tuple:
     """One episode, asked for a raw return: its trajectory as in Buffer. The RTG falls by every reward."""
     policy.eval()
+    task, K = offline.task, config.context_len
     env, device = make_env(task.env_id, task.env_kwargs, (task.obs_dim, task.act_dim)), next(policy.parameters()).device
     observation, left, rows = env.reset(seed=seed)[0], request, []
     rtg, obs, act = torch.zeros(1, K), torch.zeros(1, K, task.obs_dim), torch.zeros(1, K, task.act_dim)
@@ -131,7 +133,7 @@ def run_episode(policy, task, K: int, request: float, offline, seed: int, noise=
         raw = F.pad(torch.as_tensor(observation, dtype=torch.float32), (0, task.obs_dim - len(observation)))
         rtg[:, -1], act[:, -1], obs[:, -1] = left / task.rtg_scale, 0, (raw - offline.obs_mean) / offline.obs_std
         times = torch.arange(t + 1 - K, t + 1)[None]
-        context = (rtg, obs, act, times.clamp(min=0), times >= 0)
+        context = (rtg, obs, act, times.clamp(0, config.max_timestep - 1), times >= 0)
         action = policy.act(*(x.to(device) for x in context)).cpu()
         if noise:
             action = (action + noise * torch.randn(action.shape, generator=generator)).clamp(-1, 1)
@@ -187,6 +189,7 @@ class Tuning(ValueGuided):
 
     def round(self, data, updates: int, lr: float) -> None:
         windows = Windows(data, self.config.context_len, self.generator.device)
+        windows.timestep.clamp_(max=self.config.max_timestep - 1)  # a rollout may outlast every offline episode
         if self.is_vdt:
             rows = Transitions(data, windows, self.config)
             for _ in range(updates):
@@ -226,11 +229,11 @@ def main() -> None:
             buffer.load(state["buffer"])
             learner.noise.set_state(state["noise"])
         print(f"{folder}: {label} of {path}, {len(buffer.slots):,} buffered trajectories, {done.step:,} steps used")
-        log, policy, K, rows = Log(folder, "online", done.rows), learner.policy, config.context_len, done.rows
+        log, policy, rows = Log(folder, "online", done.rows), learner.policy, done.rows
 
         def evaluate() -> float:
             seeds = (2_000_000 + 1_000 * args.seed + i for i in range(args.eval_rollouts))
-            episodes = (run_episode(policy, task, K, best, offline, seed) for seed in seeds)
+            episodes = (run_episode(policy, config, best, offline, seed) for seed in seeds)
             return float(np.mean([task.score(reward.sum(dtype=np.float64)) for _, _, reward, _ in episodes]))
 
         def save() -> None:
@@ -249,7 +252,7 @@ def main() -> None:
             while done.step < env_steps:
                 episode = rows[-1]["episodes"] + 1
                 seed, request = 10**6 * args.seed + episode, asked_return(best, args.request)
-                trajectory = run_episode(policy, task, K, request, offline, seed, args.noise, learner.noise)
+                trajectory = run_episode(policy, config, request, offline, seed, args.noise, learner.noise)
                 buffer.add(trajectory)
                 learner.round(buffer.dataset(offline), args.updates, args.policy_lr)
                 check_finite(learner, sums, done.step)

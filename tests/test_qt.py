@@ -201,6 +201,17 @@ def test_high_targets_by_best_and_softmax(trained, run_main, tmp_path):
     assert "spearman_q_vs_return" in json.loads((tmp_path / "alignment.json").read_text())
 
 
+def test_without_the_q_term_there_is_no_critic(pipeline, run_main, hopper_file, tmp_path):
+    """Nothing has trained it, so nothing is said of it, and it cannot choose."""
+    assert run_main(qt, *argv(hopper_file, tmp_path, *TINY, "--eta", 0, "--total-steps", 1))[0] == 0
+    path = tmp_path / f"{ENV}__train_qt__1" / "policy.pt"
+    assert run_main(stage3, "--checkpoint", path, "--rollouts", 1, "--device", "cpu")[0] == 0
+    result = json.loads((path.parent / "alignment.json").read_text())
+    assert "spearman_q_vs_return" not in result and result["sweep"][0]["q_mean"] is None
+    code, _, err = run_main(stage3, "--checkpoint", path, "--high-targets", "--inference", "best", "--device", "cpu")
+    assert code == 2 and "trained with --eta 0" in err and err.count("\n") == 1
+
+
 def test_candidates_are_the_releases_on_d4rl_and_multiples_on_own_data(trained):
     content = torch.load(trained / "policy.pt", weights_only=True)
     task, policy = stage2.Task(**content["task"]), nn.Linear(1, 1)
@@ -230,7 +241,9 @@ def test_killed_and_resumed_ends_with_the_same_bits(trained, pipeline, run_main,
 
         m.setattr(qt.Training, "step", killed)
         assert run_main(qt, *flags)[0] == 130
-    code, out, err = run_main(qt, *argv(hopper_file, tmp_path, *TINY))  # the critic is no longer needed
+    code, _, err = run_main(qt, *argv(hopper_file, tmp_path, *TINY))
+    assert code == 2 and "of another run (critic " in err  # that of another folder, by its content
+    code, out, err = run_main(qt, *flags)
     assert code == 0 and "step 17" in out, err
     ours, whole = (torch.load(f / trained.name / "policy.pt", weights_only=True) for f in (tmp_path, trained.parent))
     for part in ("policy", "critic"):

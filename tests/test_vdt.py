@@ -203,7 +203,7 @@ def plan(steps, q, offsets=(0.0, 1.0), reward=0.0, rtg=(0.0, 0.0), timestep=(0, 
         return q[(act[:, 0] > 0.5).long(), obs[:, 0].long()].T
 
     policy, K, B = Asked(), 3, len(rtg)
-    planner = vdt.Plan(policy, nn.Identity(), nn.Identity(), offsets, 1000.0, 0.5, steps)
+    planner = vdt.Plan(policy, nn.Identity(), nn.Identity(), offsets, 1000.0, 0.5, steps, 1000)
     planner.critic.forward = critic
     planner.model.forward = lambda obs, act: (obs + 1, torch.full((len(obs),), reward))
     context = torch.tensor(rtg)[:, None] * torch.tensor([0.0, 1, 1])
