@@ -262,6 +262,8 @@ def test_the_releases_settings_are_the_defaults():
         return config.eta, config.context_len, config.max_grad_norm
 
     assert of("halfcheetah-medium-v2") == (5, 5, 15) and of("halfcheetah-medium-expert-v2") == (0.4, 20, 15)
+    small = qt.resolve(qt.Args(preset="small"), task_of("halfcheetah-medium-v2"), data, CPU)
+    assert (small.context_len, small.eta) == (10, 5)
     assert of("hopper-medium-replay-v2") == (3, 20, 9) and of("walker2d-medium-v2") == (2, 20, 5)
     assert of("halfcheetah-medium-replay-v2") == (5, 5, 15) and of("hopper-medium-v2") == (1, 20, 9)
     assert of("hopper-mini") == (1, 10, 9) and of("walker2d-medium-mine") == (1, 20, 5)

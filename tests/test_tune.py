@@ -105,6 +105,16 @@ def test_a_rollout_is_gymnasiums_and_its_noise_is_clipped():
     rtg, actions, timestep, valid = policy.seen[1]
     assert valid.tolist() == [False, True, True] and timestep.tolist() == [0, 0, 1]
     assert actions[1].tolist() == act[0].tolist() and not actions[2].any()
+    assert max(timestep.max() for _, _, timestep, _ in policy.seen) == 3
+
+
+def test_collected_episodes_may_be_longer_than_the_trained_times(monkeypatch):
+    offline = dataset([1.0, 2], [2, 9])
+    sizes = dict(embed_dim=8, n_layer=1, n_head=1, context_len=3, batch_size=64, critic_width=8, actor_lr=1e-3)
+    config = tune.Config(seed=1, bf16=False, max_timestep=4, conv=False, dropout=0.0, **sizes)
+    policy = stage2.make_policy(offline.task, vars(config), False)
+    learner = tune.Tuning(offline.task, config, dict(policy=policy.state_dict(), stage="train_qalign_dt"), CPU)
+    learner.round(offline, 1, 1e-3)  # with times up to 8 it would index beyond the embedding
 
 
 @pytest.mark.parametrize("best, request_, asked", [(100, 1.2, 120), (-100, 1.2, -80), (-100, 1, -100), (0, 1.2, 0)])

@@ -195,7 +195,7 @@ class Asked(nn.Module):
         return rtg[:, -1:].clone()
 
 
-def plan(steps, q, offsets=(0.0, 1.0), reward=0.0, rtg=(0.0, 0.0), timestep=(0, 1, 2)):
+def plan(steps, q, offsets=(0.0, 1.0), reward=0.0, rtg=(0.0, 0.0), timestep=(0, 1, 2), max_timestep=1000):
     """q[candidate][step] = (Q_1, Q_2). The state counts the imagined steps, the action's sign tells the candidate."""
     q = torch.tensor(q)
 
@@ -203,7 +203,7 @@ def plan(steps, q, offsets=(0.0, 1.0), reward=0.0, rtg=(0.0, 0.0), timestep=(0, 
         return q[(act[:, 0] > 0.5).long(), obs[:, 0].long()].T
 
     policy, K, B = Asked(), 3, len(rtg)
-    planner = vdt.Plan(policy, nn.Identity(), nn.Identity(), offsets, 1000.0, 0.5, steps, 1000)
+    planner = vdt.Plan(policy, nn.Identity(), nn.Identity(), offsets, 1000.0, 0.5, steps, max_timestep)
     planner.critic.forward = critic
     planner.model.forward = lambda obs, act: (obs + 1, torch.full((len(obs),), reward))
     context = torch.tensor(rtg)[:, None] * torch.tensor([0.0, 1, 1])
@@ -233,12 +233,14 @@ def test_the_planner_takes_the_smaller_q_at_every_step():
 def test_imagined_windows_move_on_by_one_step():
     """Two rows with two candidates each; a predicted reward of 100 lowers the RTG by 0.1."""
     q = twice((0.0, 0.0), (0.0, 0.0))
-    _, (rtg, obs, act, timestep, valid) = plan(2, q, reward=100.0, rtg=(0.25, -0.5), timestep=(997, 998, 999))
+    _, (rtg, obs, act, timestep, valid) = plan(
+        2, q, reward=100.0, rtg=(0.25, -0.5), timestep=(7, 8, 9), max_timestep=10
+    )
     expected = [[x, x, x - 0.1] for x in (0.25, 1.25, -0.5, 0.5)]
     torch.testing.assert_close(rtg, torch.tensor(expected))
     assert obs[..., 0].tolist() == [[0, 0, 1]] * 4 and valid.all()
     assert act[..., 0].tolist() == [[0, x, 0] for x in (0.25, 1.25, -0.5, 0.5)]
-    assert timestep.tolist() == [[998, 999, 999]] * 4  # the last row of the timestep embedding
+    assert timestep.tolist() == [[8, 9, 9]] * 4  # the last row of the timestep embedding
     _, (rtg, *_) = plan(1, q, rtg=(0.25, -0.5))
     assert rtg[:, 0].tolist() == [0.0] * 4  # padding keeps its zero
 
