@@ -333,13 +333,18 @@ def load_critic(trained: "Trained") -> Ensemble | None:
     return critic.to(next(trained.policy.parameters()).device)
 
 
+MOST_TARGETS = 500  # of a sweep
+
+
 def target_returns(task: Task, returns: np.ndarray, step: float) -> np.ndarray:
     """The dataset's lowest return, + step, ... up to its highest (raw); 12 evenly spaced ones if that gives fewer.
 
-    A task may name its own targets (mazes, where no episode of the data has a high return).
+    A task may name its own targets (mazes, where no episode of the data has a high return). Exits 2 above MOST_TARGETS.
     """
     if task.sweep:
         return np.array(task.sweep)
+    if (n := np.ptp(returns) / step) > MOST_TARGETS:
+        fail(f"--target-step {step:g}: that makes {n:,.0f} target returns; {np.ptp(returns) / 50:.2g} makes 50")
     targets = np.arange(returns.min(), returns.max() + 1e-9, step)
     return targets if len(targets) >= 12 else np.linspace(returns.min(), returns.max(), 12)
 
@@ -547,7 +552,8 @@ def export(trained: "Trained", path: Path) -> None:
     batch = [{0: torch.export.Dim.DYNAMIC}] * len(example)
     torch.export.save(torch.export.export(Raw(trained).eval(), example, dynamic_shapes=batch), file)
     write_file(path, file.getvalue())
-    print(f"{path}: call with rtg, obs, act, timestep and valid, as in class Raw")
+    how = "rtg, obs, act, timestep and valid, as class Raw in evaluate_alignment.py"
+    print(f"{path}: call with {K} steps of {how}; it returns actions from -1 to 1, to be scaled to the environment's")
 
 
 def main() -> None:

@@ -177,6 +177,8 @@ def load_data(args) -> Dataset:
     if script.is_file():
         content = load_module(script).prepare(args.env, args.dataset_path, args.runs_dir)
     else:  # this file was copied away: it takes dataset.pt as it is
+        if not os.path.lexists(path):
+            fail(f"{path} is missing: copy it here; data/prepare.py, which makes it, is not beside this file")
         content = load_checkpoint(path, "prepare")
     try:
         return Dataset(content)
@@ -409,6 +411,8 @@ def main() -> None:
     if result["q_mean"] is not None:
         mean_q, mean_return = result["q_mean"], result["return_mean"]
         print(f"mean Q {mean_q:.2f}, mean discounted return of the same transitions {mean_return:.2f}")
+    else:
+        print("all episodes are cut by a time limit too soon for any transition's return to be known: Q is not checked")
     print(f"{folder}/critic.pt; rank correlations in {folder}/report.json")
 
 

@@ -263,6 +263,8 @@ def load_data(args) -> Dataset:
     if script.is_file():
         content = load_module(script).prepare(args.env, args.dataset_path, args.runs_dir)
     else:  # this file was copied away: it takes dataset.pt as it is
+        if not os.path.lexists(path):
+            fail(f"{path} is missing: copy it here; data/prepare.py, which makes it, is not beside this file")
         content = load_checkpoint(path, "prepare")
     try:
         return Dataset(content)
@@ -782,7 +784,7 @@ def pretrained(args: Args, config: Config, data: Dataset) -> tuple[dict, float, 
     path = Path(args.critic or run_folder(args, "pretrain_q") / "critic.pt")
     script = Path(__file__).resolve().parent / "pretrain_q.py"
     if not args.critic and not os.path.lexists(path) and script.is_file():
-        print(f"{path} is missing: starting pretrain_q.py", flush=True)
+        print(f"{path} is missing: starting pretrain_q.py, with its own number of steps", flush=True)
         command = [sys.executable, script, "--env", args.env, "--seed", args.seed, "--runs-dir", args.runs_dir]
         command += ["--device", args.device, "--preset", preset(args, task), "--critic-width", config.critic_width]
         command += ["--dataset-path", *args.dataset_path] if args.dataset_path else []

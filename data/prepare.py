@@ -101,7 +101,7 @@ def parse_env(name: str) -> dict:
     base = dict(name=name, env_kwargs={}, reward_shift=0.0, sweep=())
     if "/" in name:  # Minari's; its metadata say the rest
         if not re.fullmatch(r"([\w-][\w.-]*/)*[\w-][\w.-]*-v\d+", name, re.ASCII):
-            fail(f"unknown --env {name!r}: Minari's ids look like mujoco/hopper/expert-v0")
+            fail(f"unknown --env {name!r}: Minari's ids look like mujoco/hopper/expert-v0 (your own set: me/mine-v0)")
         base |= dict(body="", quality=name.rpartition("/")[2], tag="minari")
         return base | dict(ref_min=0.0, ref_max=100.0)  # scores are returns
     if name == "maze2d-mini" or name in qalign_mazes.MAZE2D:
@@ -110,15 +110,15 @@ def parse_env(name: str) -> dict:
     body, _, rest = name.partition("-")
     quality, _, tag = rest.rpartition("-") if rest != "mini" else ("mini", "", "mini")
     known = [f"{b}-{q}-v2" for b in BODIES for q in (MAZES if b == "antmaze" else QUALITIES)] + [*qalign_mazes.MAZE2D]
-    qualities = MAZES if body == "antmaze" else (*QUALITIES, "mixed", "mini")
+    qualities = MAZES if body == "antmaze" else (*QUALITIES, "mixed")  # and mini, as of data that come with the code
     # "hopper-medium-replay" is D4RL's name without its -v2, not data of your own that are tagged "replay"
     own = re.fullmatch(r"\w[\w.]*", tag, re.ASCII) and tag != "v2" and f"{name}-v2" not in known
     if own and re.fullmatch(r"v\d+", tag):
         fail(f"--env {name}: of D4RL's data only -v2 is known here; for a file of your own take another tag")
-    if body not in BODIES or quality not in qualities or not (own or name in known):
+    if body not in BODIES or quality not in (*qualities, "mini") or not (own or name in known):
         close = difflib.get_close_matches(name, [*known, *MINIS], n=3, cutoff=0.0)
-        own = f"your own data: <body>-<quality>-<tag>, bodies {', '.join(BODIES)}, qualities {', '.join(qualities)}"
-        fail(f"unknown --env {name!r}: did you mean {', '.join(close)}? ({own})")
+        own = f"<body>-<quality>-<tag>, bodies {', '.join(BODIES)}, qualities {', '.join(qualities)}, a tag without -"
+        fail(f"unknown --env {name!r}: did you mean {', '.join(close)}? (your own: {own}; other bodies: me/mine-v0)")
     task = base | BODIES[body] | RELEASE[body] | dict(body=body, quality=quality, tag=tag)
     if body != "antmaze":
         return task | dict(horizon=HORIZON, rtg_scale=RTG_SCALE)
@@ -351,7 +351,8 @@ def minari_spec(path: Path, f: h5py.File) -> dict:
         return found
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else one_line(error)
-        fail(f"{file} names no environment ({reason}); write it there, or download the data anew, with a newer Minari")
+        example = '{"env_spec": {"id": "Pendulum-v1", "max_episode_steps": 200}}'
+        fail(f"{file} names no environment ({reason}); write {example} there, or download the data with a newer Minari")
 
 
 def as_recorded(task: dict, path: Path, spec: dict) -> dict:
@@ -382,7 +383,7 @@ def as_recorded(task: dict, path: Path, spec: dict) -> dict:
 def generic(task: dict, path: Path, env_id: str | None, kwargs: dict, spec: dict) -> dict:
     """The task of a Minari data set: environment, sizes and limit as its metadata and Gymnasium say."""
     if env_id is None:
-        fail(f"{path} does not say in which environment it was recorded")
+        fail(f"{path} does not say in which environment it was recorded: set its attribute env_id, such as Pendulum-v1")
     env = make_env(env_id, kwargs)  # exits 2 on anything that is not Gymnasium's, ours or gymnasium_robotics'
     try:  # with arguments of another type some fail only here
         env.reset(seed=0)
@@ -472,6 +473,10 @@ def content(task, observations, actions, rewards, terminals, ends, label: str, i
         task["horizon"] = int(cut[0])
     if task["horizon"] != HORIZON and task["body"] != "maze2d":
         print(f"{label}: episodes of at most {task['horizon']:,} steps, and so are the rollouts")
+    if (longest := int((ends - starts).max())) > task["horizon"]:
+        print(f"warning: {label}: episodes of up to {longest:,} steps, rollouts of fewer", file=sys.stderr)
+    if len(ends) > 1 and np.ptp(returns) == 0:
+        print(f"warning: {label}: all returns are {returns[0]:g}: there is nothing to align", file=sys.stderr)
     if "rtg_scale" not in task:
         task["rtg_scale"] = 10.0 ** max(0, math.floor(math.log10(max(np.abs(returns).max(), 1))))
     own_range = (float((to_go / task["rtg_scale"]).min()), float((to_go / task["rtg_scale"]).max()))
@@ -554,7 +559,7 @@ def current(path: Path, paths: list[Path]) -> dict | None:
         fail(f"{path}: not a whole dataset ({one_line(error)}); remove it, and it is made again")
     names = [printable(p.name, 100) for p in paths]
     if paths and names != [old.get("name") for old in there]:
-        other = " + ".join(str(old.get("name")) for old in there)
+        other = " + ".join(str(old.get("name")) for old in there) or content["task"]["label"]
         fail(f"{path} holds data of {other}, not {' + '.join(names)}; choose another --runs-dir, or remove it")
     for p, old in zip(paths, there):
         if p.is_file() and (p.stat().st_size, p.stat().st_mtime_ns) == (old.get("size"), old.get("time")):

@@ -184,6 +184,14 @@ def subprocess_help(path, cwd=None):
     return result.returncode, result.stdout, result.stderr
 
 
+@pytest.mark.parametrize("script", ["pretrain_q", "train_qalign_dt"])
+def test_a_copied_stage_without_its_data_says_what_is_missing(script, tmp_path, monkeypatch):
+    stage = module(script)
+    monkeypatch.setattr(stage, "__file__", str(tmp_path / f"{script}.py"))
+    code, out, err = call(stage, "--env", ENV, "--runs-dir", tmp_path, "--dataset-path", "mine.hdf5")
+    assert (code, out) == (2, "") and "dataset.pt is missing: copy it here" in err and err.count("\n") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", STAGES)
 def test_each_stage_is_one_file(script, tmp_path):

@@ -128,11 +128,14 @@ def test_q_stands_beside_the_return_of_the_rewards_that_the_critic_saw(pipeline)
     assert stage3.q_and_outcome(shifted, result)[1].tolist() == [5.0]
 
 
-def test_targets_go_in_steps_from_the_lowest_to_the_highest_return():
+def test_targets_go_in_steps_from_the_lowest_to_the_highest_return(capsys):
     task = task_of(ENV)
     targets = stage3.target_returns(task, np.array([315.87, 1000.0, 3222.36]), 100.0)
     assert len(targets) == 30 and targets[0] == 315.87 and targets[-1] == pytest.approx(3215.87)  # D.6, hopper-medium
     assert stage3.target_returns(task, np.array([0.0, 500.0]), 100.0).tolist() == np.linspace(0, 500, 12).tolist()
+    with pytest.raises(SystemExit):  # such as rewards of millions: not a hundred thousand rollouts, nor all memory
+        stage3.target_returns(task, np.array([0.0, 2e8]), 100.0)
+    assert "makes 2,000,000 target returns; 4e+06 makes 50" in error_line(capsys.readouterr().err)
     named = replace(task, sweep=(0.0, 20.0))  # a maze names its own
     assert stage3.target_returns(named, np.array([0.0, 500.0]), 100.0).tolist() == [0, 20]
 

@@ -320,6 +320,29 @@ def test_data_of_another_environment_are_refused(env, attribute, says, tmp_path,
     assert not (tmp_path / "runs").exists()
 
 
+def test_equal_returns_and_episodes_longer_than_a_rollout_are_warned_of(tmp_path, hopper_arrays, capsys):
+    observations, actions, rewards, terminals, timeouts = (np.resize(x, (1200, *x.shape[1:])) for x in hopper_arrays)
+    equal = write_hdf5(tmp_path / "equal.hdf5", observations, actions, 0 * rewards, terminals, timeouts)
+    one = np.arange(1200) == 1199
+    long = write_hdf5(tmp_path / "long.hdf5", observations, actions, rewards, 0 * one, one)
+    for file, says in (
+        (equal, "all returns are 0: there is"),
+        (long, "episodes of up to 1,200 steps, rollouts of fewer"),
+    ):
+        capsys.readouterr()
+        data_of(ENV, file)
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1, error
+
+
+def test_other_environments_need_a_name_like_minaris_and_an_env_id(tmp_path, hopper_arrays, capsys):
+    file = write_hdf5(tmp_path / "x.hdf5", *hopper_arrays)
+    assert "(your own set: me/mine-v0)" in refused(capsys, "me/mine", file)
+    assert "other bodies: me/mine-v0" in refused(capsys, "swimmer-medium-mine", file)
+    assert "set its attribute env_id" in refused(capsys, "me/mine-v0", file)
+    assert data_of("me/mine-v0", set_attributes(file, env_id="Hopper-v4")).task.obs_dim == 11
+
+
 def test_bodies_of_v5_are_evaluated_in_v5(tmp_path, hopper_arrays, capsys):
     file = write_hdf5(tmp_path / "x.hdf5", *hopper_arrays)
     assert data_of(ENV, file).task.env_id == "Hopper-v4"  # D4RL's files do not say
@@ -878,7 +901,8 @@ def test_metadata_in_a_pipe_are_one_line(pendulum, capsys, patience):
     metadata = Path(os.environ["MINARI_DATASETS_PATH"]) / PENDULUM / "data" / "metadata.json"
     metadata.unlink()
     os.mkfifo(metadata)
-    assert f"{metadata} names no environment (not a regular file)" in refused(capsys, PENDULUM)
+    error = refused(capsys, PENDULUM)
+    assert f"{metadata} names no environment (not a regular file)" in error and '{"env_spec": {"id": ' in error
 
 
 def test_dict_observations_that_do_not_fit_are_one_line(reach, capsys):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import data_of, task_of, write_hdf5
+from conftest import TINY1, argv, data_of, task_of, write_hdf5
 
 import pretrain_q as stage1
 
@@ -97,6 +97,13 @@ def test_episodes_are_ranked_by_discounted_and_by_plain_return():
     result = stage1.report(SimpleNamespace(critic=critic, data=data))
     assert result["spearman_discounted_vs_plain_return"] == pytest.approx(1)
     assert result["return_mean"] == pytest.approx((2.75 + 3.5 + 3) / 3)  # of the transitions whose return is known
+
+
+def test_that_no_return_is_known_is_said(tmp_path, run_main, hopper_arrays):
+    columns = (*hopper_arrays[:3], 0 * hopper_arrays[3], hopper_arrays[3] | hopper_arrays[4])
+    file = write_hdf5(tmp_path / "x.hdf5", *columns)
+    code, out, err = run_main(stage1, *argv(file, tmp_path / "runs", *TINY1))
+    assert code == 0 and "Q is not checked" in out and "mean Q" not in out, err
 
 
 def test_report_where_no_return_is_known():
