@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -36,6 +37,20 @@ def test_an_exported_policy_acts_as_ours_on_raw_numbers_with_any_batch_size(pipe
         expected = ours.policy.act(rtg, standard, act, timestep, valid)
         torch.testing.assert_close(action, expected, rtol=0, atol=1e-6)
         assert action.shape == (B, 3) and len({*action[:, 0].tolist()}) == B
+
+
+def test_the_readmes_python_acts_and_rates(pipeline, run_main, hopper_file, tmp_path, monkeypatch):
+    sizes = [*TINY2, "--context-len", 10, "--total-steps", 1, "--critic", pipeline.critic]
+    code, _, err = run_main(stage2, *argv(hopper_file, tmp_path, *sizes))
+    assert code == 0, err
+    monkeypatch.chdir(next(tmp_path.glob("*__train_qalign_dt__1")))
+    assert run_main(stage3, "--checkpoint", "policy.pt", "--export", "policy.pt2")[0] == 0
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S):
+        exec(block, names)
+    assert names["action"].shape == (1, 3) and names["action"].abs().max() <= 1
+    critic = torch.load("policy.pt", weights_only=True)["critic"]
+    assert names["q"].shape == (5,) and critic and names["q"].unique().numel() == 1
 
 
 # ---- the score at high targets ----
