@@ -383,7 +383,8 @@ def main() -> None:
         sums = torch.zeros(len(learner.metrics), device=device)  # since the last row of metrics.csv
         if state := load_own(folder / "resume.pt", STAGE, identity):
             done = restore(state, folder / "resume.pt", learner, sums, args.total_steps, Progress)
-        print(f"{folder}: {task.label}, {len(data.usable):,} training transitions, {args.method}, step {done.step:,}")
+        size = f"{len(data.usable):,} training transitions"
+        print(f"{folder}: {task.label}, {size}, {args.method}, on {device.type}, step {done.step:,}")
         if args.warm_start_steps:
             print(f"the first {args.warm_start_steps:,} steps regress on discounted returns, unlike the paper's")
         metrics, saved = Log(folder, "metrics", done.rows), time.monotonic()
@@ -453,7 +454,7 @@ def run(main) -> None:
         main()
     except (KeyboardInterrupt, OSError, MemoryError, FloatingPointError, RuntimeError) as error:
         # torch raises RuntimeError for want of memory, threads or a compiler; any other is a bug
-        wants = r"(out of|allocate|enough) memory|new thread|compiler"
+        wants = r"(out of|allocate|enough) memory|ALLOC_FAILED|busy or unavailable|new thread|compiler"
         if isinstance(error, RuntimeError) and not re.search(wants, str(error)):
             raise
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error)
@@ -603,6 +604,8 @@ def load_own(path: Path, stage: str, identity: dict) -> dict | None:
         return None
     content = load_checkpoint(path, stage)
     theirs = content["config"] if fits(content.get("config"), CONFIG) else {}
+    if path.name != "resume.pt":  # a run stays on the device of its random streams, but may end anywhere
+        identity = {k: x for k, x in identity.items() if k != "device"}
     differs = [f"{k} {theirs.get(k)} there, {ours} here" for k, ours in identity.items() if theirs.get(k) != ours]
     if differs:
         fail(f"{path} is of another run ({'; '.join(differs[:3])}); choose another --exp-name, or remove {path.parent}")

@@ -713,7 +713,7 @@ def main() -> None:
             done = restore(state, folder / "resume.pt", learner, sums, config.total_steps, Progress)
             learner.gamma, learner.q_scale = done.gamma, done.q_scale
         size = f"{len(data.rewards):,} transitions, {len(data.ends):,} episodes"
-        print(f"{folder}: {task.label}, {size}, step {done.step:,}")
+        print(f"{folder}: {task.label}, {size}, on {device.type}, step {done.step:,}")
         co_trained = config.lambda_e > 0 and config.update_q
         if task.body == "maze2d" and co_trained and config.total_steps > SMALL["total_steps"]:
             print("note: co-training has ruined a longer run in Maze2D (results/pages/maze2d.md); see --no-update-q")
@@ -860,7 +860,7 @@ def run(main) -> None:
         main()
     except (KeyboardInterrupt, OSError, MemoryError, FloatingPointError, RuntimeError) as error:
         # torch raises RuntimeError for want of memory, threads or a compiler; any other is a bug
-        wants = r"(out of|allocate|enough) memory|new thread|compiler"
+        wants = r"(out of|allocate|enough) memory|ALLOC_FAILED|busy or unavailable|new thread|compiler"
         if isinstance(error, RuntimeError) and not re.search(wants, str(error)):
             raise
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error)
@@ -1010,6 +1010,8 @@ def load_own(path: Path, stage: str, identity: dict) -> dict | None:
         return None
     content = load_checkpoint(path, stage)
     theirs = content["config"] if fits(content.get("config"), CONFIG) else {}
+    if path.name != "resume.pt":  # a run stays on the device of its random streams, but may end anywhere
+        identity = {k: x for k, x in identity.items() if k != "device"}
     differs = [f"{k} {theirs.get(k)} there, {ours} here" for k, ours in identity.items() if theirs.get(k) != ours]
     if differs:
         fail(f"{path} is of another run ({'; '.join(differs[:3])}); choose another --exp-name, or remove {path.parent}")

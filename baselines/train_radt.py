@@ -407,7 +407,7 @@ def train(found: Run, learner, steps: int, columns=None) -> None:
             if found.gamma_is_late:
                 learner.config = replace(learner.config, gamma=done.gamma)
         size = f"{len(data.rewards):,} transitions, {len(data.ends):,} episodes"
-        print(f"{folder}: {task.label}, {size}, step {done.step:,}")
+        print(f"{folder}: {task.label}, {size}, on {learner.config.device}, step {done.step:,}")
         metrics = Log(folder, "metrics", done.rows)
 
         def save() -> None:

@@ -1,7 +1,7 @@
 """How fast the stages are, against what this machine's matrix units can do. Not collected by pytest.
 
     python tests/benchmark_speed.py              # under 5 minutes on two CPU cores
-    python tests/benchmark_speed.py --full       # also torch.compile on CPU, more repeats and a whole sweep
+    python tests/benchmark_speed.py --full       # also torch.compile, more repeats and a whole sweep
 
 Measures the training step of stage 2 at paper size and at hopper-mini's sizes, stage 1's step, the RTG sweep of stage 3
 split into policy and simulator, start-up times and peak memory. The ceiling is a plain matrix product, measured before
@@ -11,6 +11,7 @@ and after in the same run. Appends one JSON object to --out and prints it as a t
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -42,7 +43,8 @@ FORWARDS = 1 + 2 * 3
 @dataclass(frozen=True)
 class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to measure; auto takes CUDA if there is one
-    # also torch.compile on CPU, more repeats, and a whole sweep of HalfCheetah (about an hour on two CPU cores)
+    # also torch.compile (on CUDA: without a graph, too), more repeats, a whole sweep of HalfCheetah (about an hour on
+    # two CPU cores), and on CUDA start-up times and memory
     full: bool = False
     out: str = str(ROOT / "results" / "speed.jsonl")  # file that the result is appended to
 
@@ -218,23 +220,28 @@ def measure(args: Args, device: torch.device, say) -> dict:
     small = {name: size for name, size in stage2.SMALL.items() if name in PAPER}
     sizes_of = {"paper size": PAPER, "hopper-mini": small}
     result = hardware(device) | {"device": device.type, "full": args.full}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    changed = subprocess.run(["git", "status", "--porcelain", "*.py"], cwd=ROOT, capture_output=True, text=True)
-    result["commit"] = commit.stdout.strip() + "+" * bool(changed.stdout)
+    if shutil.which("git"):
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        changed = subprocess.run(["git", "status", "--porcelain", "*.py"], cwd=ROOT, capture_output=True, text=True)
+        result["commit"] = commit.stdout.strip() + "+" * bool(changed.stdout)
     rates = {name: ceiling(device, getattr(torch, name)) for name in ("float32", "bfloat16")}
     say(f"{result['gpu'] or result['cpu']}, {result['threads']} CPU threads, torch {result['torch']}")
 
     variants = [("eager float32", "fp32", False, False), ("bfloat16", "bf16", False, False)]  # name ..., compile, graph
-    if args.full or cuda:
-        variants += [("torch.compile", "fp32", True, False), ("bfloat16, torch.compile", "bf16", True, False)]
     if cuda:
         variants += [("bfloat16, CUDA graph", "bf16", False, True)]
         variants += [("bfloat16, torch.compile, CUDA graph", "bf16", True, True)]
+    if args.full:
+        variants += [("torch.compile", "fp32", True, False), ("bfloat16, torch.compile", "bf16", True, False)]
     steps, critics, sweeps = [], [], []
     for size, sizes in sizes_of.items():
         for name, *variant in variants:
             repeats = 100 if cuda else 20 if sizes is small else 5 if args.full else 2
-            time_, flop = training_step(data, device, sizes, *variant, repeats)
+            try:
+                time_, flop = training_step(data, device, sizes, *variant, repeats)
+            except Exception as error:  # such as no compiler: the others still count
+                say(f"training step, {size}, {name}: {stage2.one_line(error)}")
+                continue
             steps.append(dict(size=size, variant=name, ms=1e3 * time_, flop=flop, precision=variant[0]))
             say(f"training step, {size}, {name}: {1e3 * time_:.1f} ms")
     time_, flop = pretraining_step(data, device, 2000 if cuda else 100)
@@ -245,8 +252,9 @@ def measure(args: Args, device: torch.device, say) -> dict:
         flop = forward_flop(sizes, TARGETS * ROLLOUTS)
         sweeps.append({"size": size, "flop": flop} | {f"{name}_ms": 1e3 * x for name, x in times.items()})
         say(f"sweep, {size}: policy {1e3 * times['policy']:.0f} ms, simulator {1e3 * times['simulator']:.0f} ms a step")
-    with tempfile.TemporaryDirectory() as folder:
-        result |= dict(start=start_up(device, folder), memory=memory(device, folder))
+    if args.full or not cuda:
+        with tempfile.TemporaryDirectory() as folder:
+            result |= dict(start=start_up(device, folder), memory=memory(device, folder))
     if args.full:
         result["whole_sweep_s"] = whole_sweep(device, precision)
     for name in rates:
@@ -272,14 +280,15 @@ def table(result: dict) -> str:
         rate = row["flop"] / row["policy_ms"] / 1e9
         lines.append(f"| {name}, policy | {row['policy_ms']:.0f} | {rate:.3g} | {row['share']:.0%} |")
         lines.append(f"| {name}, simulator | {row['simulator_ms']:.0f} | | |")
-    start, peak = result["start"], result["memory"]
-    lines += ["", f"start: --help {start['help']:.2f} s at most, its imports {start['imports']:.2f} s; "]
-    lines[-1] += f"a DT of one step {start['first_step']:.1f} s"
-    arrays = f"the file's arrays ({peak['arrays'] / 1e6:.0f} MB)"
-    lines.append(f"peak host memory: {peak['host'] / peak['arrays']:.2f} x {arrays}")
-    lines[-1] += f", and {peak['prepare'] / peak['arrays']:.2f} x in data/prepare.py"
-    if peak["cuda"]:
-        lines.append(f"peak device memory, 2,000,000 transitions, paper size: {peak['cuda'] / 2**30:.2f} GiB")
+    if "start" in result:
+        start, peak = result["start"], result["memory"]
+        lines += ["", f"start: --help {start['help']:.2f} s at most, its imports {start['imports']:.2f} s; "]
+        lines[-1] += f"a DT of one step {start['first_step']:.1f} s"
+        arrays = f"the file's arrays ({peak['arrays'] / 1e6:.0f} MB)"
+        lines.append(f"peak host memory: {peak['host'] / peak['arrays']:.2f} x {arrays}")
+        lines[-1] += f", and {peak['prepare'] / peak['arrays']:.2f} x in data/prepare.py"
+        if peak["cuda"]:
+            lines.append(f"peak device memory, 2,000,000 transitions, paper size: {peak['cuda'] / 2**30:.2f} GiB")
     if result["full"]:
         lines.append(f"whole sweep of HalfCheetah, paper size: {result['whole_sweep_s']:.0f} s")
     return "\n".join(lines)

@@ -16,6 +16,8 @@ from unittest import mock
 
 # whatever the user's shell says: a pool of threads does not survive a fork, and tiny sizes gain nothing from one
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+if not any("cuda" in arg for arg in sys.argv):  # it survives no fork, and torch's optimisers open it on the CPU, too
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 for name in ("COLUMNS", "PYTHONWARNINGS"):  # they break the lines that scripts print, and add to them
     os.environ.pop(name, None)
 

@@ -254,6 +254,22 @@ def test_another_critic_is_another_run(pipeline, run_main, hopper_file, tmp_path
     assert go(None)[0] == 0 and "is finished" in go(stage_1)[1]  # the default, by its name
 
 
+def test_what_was_finished_on_another_device_is_finished(pipeline, run_main, hopper_file, tmp_path):
+    """It is what a run goes on with that belongs to a device."""
+    runs = shutil.copytree(pipeline.runs, tmp_path / "runs")
+    flags2 = [*TINY2, "--eval-every", 15]
+    for stage, name, flags in ((stage1, f"{FOLDER1}/critic.pt", TINY1), (stage2, f"{FOLDER2}/policy.pt", flags2)):
+        content = load(runs / name)
+        torch.save(content | {"config": content["config"] | {"device": "cuda"}}, runs / name)
+        code, out, err = run_main(stage, *argv(hopper_file, runs, *flags))
+        assert code == 0 and "nothing to do" in out, err
+    (runs / FOLDER2 / "policy.pt").unlink()
+    resume = load(runs / FOLDER2 / "resume.pt")
+    torch.save(resume | {"config": resume["config"] | {"device": "cuda"}}, runs / FOLDER2 / "resume.pt")
+    code, _, err = run_main(stage2, *argv(hopper_file, runs, *flags2))
+    assert code == 2 and "device cuda there, cpu here" in error_line(err)
+
+
 def test_an_untrained_policy_can_be_saved(tmp_path, run_main, hopper_file):
     flags = ["--total-steps", 0, "--lambda-e", 0]
     assert run_main(stage2, *argv(hopper_file, tmp_path, *TINY2, *flags))[0] == 0
@@ -721,7 +737,7 @@ def test_ctrl_c_ends_a_waiting_run_and_a_killed_holder_leaves_the_critic_to_the_
         assert processes[1].exitcode == 130 and texts[1].with_suffix(".err").read_text() == "error: interrupted\n"
         assert processes[0].is_alive() and processes[2].is_alive() and texts[2].read_text().count("\n") == 1
         processes[0].kill()
-        wait_for(says(texts[2], "training transitions, sarsa, step 0\n"), None)
+        wait_for(says(texts[2], "training transitions, sarsa, on cpu, step 0\n"), None)
     finally:
         for process in processes:
             process.kill()

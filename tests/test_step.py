@@ -306,7 +306,7 @@ def test_cuda_graph_steps_equal_eager_ones(bf16, data):
     """Same losses and weights over three warm-up and five replayed steps, dropout and learning rates included."""
     losses, results = [], []
     for graph in (False, True):
-        learner = co_training(data, torch.device("cuda"), bf16=bf16)
+        learner = co_training(data, stage2.pick_device("cuda"), bf16=bf16)
         step = stage2.cuda_graph(learner) if graph else learner.step
         history = []
         for i in range(8):
@@ -321,11 +321,43 @@ def test_cuda_graph_steps_equal_eager_ones(bf16, data):
         torch.testing.assert_close(results[1][name], results[0][name], rtol=0, atol=1e-3 if bf16 else 1e-5)
 
 
+CUDA = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
+def test_a_restored_learner_goes_on_as_the_old_one(device, data, tmp_path):
+    """On CUDA with the graph of the step, whose random streams and learning rates are on the device."""
+
+    def begin():
+        learner = co_training(data, stage2.pick_device(device), average=0.1)
+        return learner, stage2.cuda_graph(learner) if device == "cuda" else learner.step
+
+    def go(learner, step, first, last):
+        values = []
+        for i in range(first, last):
+            learner.set_learning_rates(i)
+            values.append(step().clone())
+            learner.update_average(i + 1)
+        return torch.stack(values)
+
+    old, step = begin()
+    sums = go(old, step, 0, 6).sum(dim=0)
+    stage2.save_resume(tmp_path, dict(stage=stage2.STAGE, config={}), old, sums, stage2.Progress(step=6))
+    expected, expected_weights = go(old, step, 6, 10), weights(old)
+    new, step = begin()
+    content, restored = stage2.load_checkpoint(tmp_path / "resume.pt", stage2.STAGE), torch.zeros_like(sums)
+    assert stage2.restore(content, tmp_path, new, restored, 10, stage2.Progress).step == 6 and restored.equal(sums)
+    tolerance = dict(rtol=0, atol=0) if device == "cpu" else dict(rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(go(new, step, 6, 10), expected, **tolerance)
+    for name, x in weights(new).items():
+        torch.testing.assert_close(x, expected_weights[name], **tolerance)
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("make, changes", list(VARIANTS.values())[:4], ids=list(VARIANTS)[:4])
 def test_cuda_reports_no_synchronisation_in_a_step(make, changes, data):
-    learner = make(data, torch.device("cuda"), **changes)
+    learner = make(data, stage2.pick_device("cuda"), **changes)
     learner.step()
     torch.cuda.set_sync_debug_mode("error")
     try:
