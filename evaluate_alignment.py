@@ -38,15 +38,16 @@ import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
-# the help text of a flag that depends on other things names its defaults itself
-Int, Text = (Annotated[kind | None, tyro.conf.arg(help_behavior_hint="")] for kind in (int, str))
+HINT = tyro.conf.arg(help_behavior_hint="")  # the help text names the default itself, or it is nothing
+Int, Text = (Annotated[kind | None, HINT] for kind in (int, str))
+Texts, Floats = (Annotated[tuple[kind, ...], HINT] for kind in (str, float))
 
 
 @dataclass(frozen=True)
 class Args:
     env: Text = None  # task, as in stage 2 (default: the checkpoint's, or hopper-mini without --checkpoint)
     checkpoint: Text = ""  # a policy.pt (default: of the run that --env, --seed and --exp-name name)
-    compare: tuple[str, ...] = ()  # further checkpoints of the same environment, swept into the same plot
+    compare: Texts = ()  # further checkpoints of the same environment, swept into the same plot
     seed: int = 1  # seed of the run to evaluate, and of the episodes
     runs_dir: str = "runs"  # folder of all runs
     exp_name: str = "train_qalign_dt"  # experiment to evaluate; the run folder is <runs-dir>/<env>__<exp-name>__<seed>
@@ -67,8 +68,8 @@ class Args:
     # of the data's returns, the number of parameters, and the time per action
     percentiles: bool = False
     trajectories: bool = False  # also the forward velocity against the target, and over time for five of the targets
-    export: str = ""  # only write the policy to this file (.pt2), for torch.export.load: from raw numbers to an action
-    video: tuple[float, ...] = ()  # also a GIF: up to 10 s at each of these target returns (raw; needs OpenGL)
+    export: Text = ""  # only write the policy to this file (.pt2), for torch.export.load: from raw numbers to an action
+    video: Floats = ()  # also a GIF: up to 10 s at each of these target returns (raw; needs OpenGL)
 
     def __post_init__(self):
         check_args(self, {"rollouts": 1, "target_step": 1, "video": -1e9, "context": 1})

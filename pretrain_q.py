@@ -42,15 +42,16 @@ import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
-BY_DATA = tyro.conf.arg(help_behavior_hint="")  # the help text names the default, which depends on the data
+BY_DATA = tyro.conf.arg(help_behavior_hint="")  # the help text names the default, which depends on other things
 Int, Float = (Annotated[kind | None, BY_DATA] for kind in (int, float))
+Files = Annotated[tuple[str, ...], BY_DATA]
 
 
 @dataclass(frozen=True)
 class Args:
     env: str = "hopper-mini"  # a D4RL name, your own data's <body>-<quality>-<tag>, or a Minari id (README, "Data")
     seed: int = 1  # seed of the initial weights and the batches
-    dataset_path: tuple[str, ...] = ()  # HDF5 files to use instead, in D4RL's or Minari's layout; they are concatenated
+    dataset_path: Files = ()  # HDF5 files to use instead, in D4RL's or Minari's layout; they are concatenated
     runs_dir: str = "runs"  # folder of all runs
     exp_name: str = "pretrain_q"  # the run folder is <runs-dir>/<env>__<exp-name>__<seed>
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to train; auto takes CUDA if there is one

@@ -43,14 +43,16 @@ import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
-Text = Annotated[str | None, tyro.conf.arg(help_behavior_hint="")]  # the help text names the default itself
+HINT = tyro.conf.arg(help_behavior_hint="")  # the help text names the default itself, or it is nothing
+Text = Annotated[str | None, HINT]
+Texts, Floats = (Annotated[tuple[kind, ...], HINT] for kind in (str, float))
 
 
 @dataclass(frozen=True)
 class Args:
     env: Text = None  # task, as in stage 2 (default: the checkpoint's, or halfcheetah-mini without --checkpoint)
     checkpoint: Text = ""  # a policy.pt (default: of the run that --env, --seed and --exp-name name)
-    compare: tuple[str, ...] = ()  # further HalfCheetah checkpoints, each calibrated by itself, in the same plot
+    compare: Texts = ()  # further HalfCheetah checkpoints, each calibrated by itself, in the same plot
     seed: int = 1  # seed of the run to transfer, and of the episodes
     runs_dir: str = "runs"  # folder of all runs
     exp_name: str = "train_qalign_dt"  # experiment to transfer; the run folder is <runs-dir>/<env>__<exp-name>__<seed>
@@ -66,7 +68,7 @@ class Args:
     budgets: tuple[int, ...] = (40,)  # candidate RTGs at each end; several are Table C.6 (plot and video: the first)
     calibration_width: float = 2000.0  # the candidates' interval is 1000 v +- this, raw return
     calibration_rollouts: int = 5  # episodes per candidate
-    video: tuple[float, ...] = ()  # also a GIF: up to 10 s at each of these velocities (needs OpenGL)
+    video: Floats = ()  # also a GIF: up to 10 s at each of these velocities (needs OpenGL)
 
     def __post_init__(self):
         check_args(self, {"rollouts": 1, "budgets": 2, "calibration_width": 1, "calibration_rollouts": 1})

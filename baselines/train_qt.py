@@ -37,6 +37,7 @@ from train_qalign_dt import (
     Float,
     Int,
     Policy,
+    Str,
     Windows,
     descend,
     ema_update,
@@ -56,7 +57,7 @@ class Args(RunArgs):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     # stage 1's critic.pt to start from (default: the one of this env and seed, trained if it is missing); none: random
     # weights, as the release
-    critic: str = ""
+    critic: Str = ""
 
     # gradient steps; both learning rates fall to 0 over them (default: 100,000; small: 5,000)
     total_steps: Int = None

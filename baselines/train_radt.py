@@ -35,6 +35,7 @@ from train_qalign_dt import (
     BY_DATA,
     MAX_TIMESTEP,
     Batch,
+    Files,
     Float,
     Int,
     Log,
@@ -67,7 +68,7 @@ class RunArgs:
     env: str = "hopper-mini"  # as in train_qalign_dt.py: the task, and the data to train on
     seed: int = 1  # seed of all that is random in a run
     # HDF5 file(s) in D4RL's or Minari's layout to use instead; several are concatenated
-    dataset_path: tuple[str, ...] = ()
+    dataset_path: Files = ()
     runs_dir: str = "runs"  # folder of all runs
     exp_name: str = ""  # name of this experiment; the run folder is <runs-dir>/<env>__<exp-name>__<seed>
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to train; auto takes CUDA if there is one

@@ -38,6 +38,7 @@ from train_qalign_dt import (
     Ensemble,
     Int,
     Log,
+    Str,
     Windows,
     check_args,
     check_finite,
@@ -66,7 +67,7 @@ from train_qalign_dt import (
 class Args(RunArgs):
     exp_name: str = "tune_vdt"  # name of this experiment; the run folder is <runs-dir>/<env>__<exp-name>__<seed>
     # policy.pt of train_vdt.py, or of a DT of train_qalign_dt.py (default: train_vdt.py's of this env and seed)
-    checkpoint: str = ""
+    checkpoint: Str = ""
 
     env_steps: Int = None  # environment steps to collect, in whole episodes (default: 200,000; small: 20,000)
     capacity: int = 1000  # trajectories in the buffer

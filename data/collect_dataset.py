@@ -50,6 +50,7 @@ from train_qalign_dt import (
     Float,
     Int,
     Log,
+    Str,
     check_args,
     check_finite,
     claim,
@@ -86,7 +87,7 @@ class Args:
     num_envs: int = 8  # environments that train in lockstep
     # D4RL's files, or Minari's datasets local/<body>/<quality>-v0 where Minari keeps them (pip install 'minari[hdf5]')
     format: Literal["hdf5", "minari"] = "hdf5"
-    out_dir: str = ""  # folder of the datasets (default: this script's own, where the other stages look for them)
+    out_dir: Str = ""  # folder of the datasets (default: this script's own, where the other stages look for them)
     runs_dir: str = "runs"  # folder of all runs
     exp_name: str = "collect_dataset"  # names the run's folder: <runs-dir>/<env-id>__<exp-name>__<seed>
 

@@ -28,7 +28,7 @@ from qalign_mazes import MAZE2D, Maze2D, cells
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # stage 2, for how scripts end
-from train_qalign_dt import Int, fail, run
+from train_qalign_dt import Int, Str, fail, run
 
 NEAR = 0.1  # metres to a waypoint, and metres per step at which the ball counts as slow
 NOISE = 0.5  # standard deviation of what is added to an action, which is clipped to -1 .. 1 again
@@ -40,7 +40,7 @@ class Args:
     env: tyro.conf.Positional[str]  # maze2d-umaze-v1, ...
     transitions: Int = None  # default: as many as D4RL's file has (1,000,000; medium 2,000,000, large 4,000,000)
     seed: int = 0  # of the start, the places and the noise
-    out: str = ""  # the file to write (default: <env>.hdf5 beside this script, where the other stages look for it)
+    out: Str = ""  # the file to write (default: <env>.hdf5 beside this script, where the other stages look for it)
 
 
 def shortest_path(free: set, cell: tuple, goal: tuple) -> list[tuple]:

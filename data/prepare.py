@@ -41,13 +41,13 @@ sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # this folder, an
 import collect_maze2d
 import qalign_mazes
 
-from train_qalign_dt import FORMAT, Task, claim, fail, load_checkpoint, make_env, one_line, printable, run
+from train_qalign_dt import FORMAT, Files, Task, claim, fail, load_checkpoint, make_env, one_line, printable, run
 
 
 @dataclass(frozen=True)
 class Args:
     env: str = "hopper-mini"  # what to prepare: a D4RL name, your own data's, or a Minari id (README, "Data")
-    dataset_path: tuple[str, ...] = ()  # HDF5 file(s) in D4RL's or Minari's layout to use instead, joined
+    dataset_path: Files = ()  # HDF5 file(s) in D4RL's or Minari's layout to use instead, joined
     runs_dir: str = "runs"  # folder of all runs
 
 

@@ -46,7 +46,7 @@ PANELS = {
 @dataclass(frozen=True)
 class Args:
     checkpoints: tyro.conf.Positional[tuple[Path, ...]]  # policy.pt files of stage 2, trained with an alignment loss
-    dataset_path: tuple[str, ...] = ()  # the HDF5 file(s) that they were trained on, as in stage 2
+    dataset_path: stage2.Files = ()  # the HDF5 file(s) that they were trained on, as in stage 2
     windows: int = 5000  # windows to measure, drawn as in training
     seed: int = 1  # seed of the windows and of delta
 

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent  # where the stage scripts are
 sys.path[:0] = [str(ROOT), str(ROOT / "baselines"), str(ROOT / "data")]
 import prepare
 
-from train_qalign_dt import Int, fail, pick_device, write_file
+from train_qalign_dt import Files, Int, Str, fail, pick_device, write_file
 from train_qalign_dt import run as run_script
 
 
@@ -168,18 +168,18 @@ STUDIES |= {table: [one._replace(sweep=False) for one in STUDIES[table]] for tab
 class Args:
     # names of STUDIES: components, lambda, time, neighbours, ...; runs that several share are run once
     studies: tyro.conf.Positional[tuple[str, ...]]
-    env: str = ""  # the dataset, as in the stages (default: hopper-mini; table1, table2: all of the paper's)
-    dataset_path: tuple[str, ...] = ()  # its HDF5 file(s), as in the stages
+    env: Str = ""  # the dataset, as in the stages (default: hopper-mini; table1, table2: all of the paper's)
+    dataset_path: Files = ()  # its HDF5 file(s), as in the stages
     seeds: tuple[int, ...] = ()  # seeds instead of the study's own
     only: tuple[str, ...] = ()  # only these variants, by experiment name; then no table is written
     workers: int = 1  # runs at a time, which share the CPU cores, and the CUDA devices in turn; 0: only write tables
     list: bool = False  # print the commands, in waves that follow each other, and run nothing
-    ray: str = ""  # run on this Ray cluster: auto, local, or an address; folders must be shared by its machines
+    ray: Str = ""  # run on this Ray cluster: auto, local, or an address; folders must be shared by its machines
     num_cpus: float = 1  # cores of a Ray task
     num_gpus: float = 0  # GPUs of a Ray task; with 0.25 four runs share one
     # further flags of pretrain_q.py for every run, as one string: --critic-flags='--critic-width 128'
-    critic_flags: str = ""
-    train_flags: str = ""  # further flags of the training scripts for every run, in the same way
+    critic_flags: Str = ""
+    train_flags: Str = ""  # further flags of the training scripts for every run, in the same way
     rollouts: int = 10  # episodes per target return of the sweep (App. D.6: 30; fewer add noise to the alignment error)
     target_step: float = 100.0  # distance between two target returns of the sweep, raw
     score_rollouts: Int = None  # episodes per high target in table1, table2 (default: 50; AntMaze 100; Sec. 6.2)
