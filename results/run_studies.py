@@ -15,6 +15,7 @@ import importlib
 import io
 import json
 import os
+import platform
 import re
 import shlex
 import signal
@@ -28,6 +29,7 @@ from typing import NamedTuple
 
 import filelock
 import numpy as np
+import torch
 import tyro
 from tqdm import tqdm
 
@@ -312,6 +314,7 @@ def perform(run: Run, environment: dict, busy: set[Path]):
             raise ChildProcessError(f"{stage} ended with code {code}: {said.splitlines()[-1]} (log: {run.log})")
     record = dict(definition=run.definition, seconds=seconds, threads=environment["OMP_NUM_THREADS"], critic=None)
     record["commands"] = [shlex.join(["python", *command]) for _, command in run.stages.values()]
+    record["made_with"] = made_with()
     record[run.result] = json.loads((folder / f"{run.result}.json").read_text())
     modes = [mode for mode in MODES if mode in run.stages]
     record["inference"] = {mode: json.loads((folder / f"high_targets_{mode}.json").read_text()) for mode in modes}
@@ -323,6 +326,19 @@ def perform(run: Run, environment: dict, busy: set[Path]):
     return read_record(run)
 
 
+def made_with() -> dict[str, str]:
+    """What times and rounding depend on, which a record keeps (its tables do not show it)."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
+    commit = model = None
+    with contextlib.suppress(OSError):
+        commit = subprocess.run(git, stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout.strip()
+    with contextlib.suppress(OSError):
+        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    processor = model[1] if model else platform.processor()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return dict(commit=commit or "unknown", torch=torch.__version__, processor=processor, gpu=gpu)
+
+
 def is_locked(file: Path) -> bool:
     with contextlib.suppress(filelock.Timeout), filelock.FileLock(file, timeout=0):
         return False
@@ -331,8 +347,6 @@ def is_locked(file: Path) -> bool:
 
 def shares(workers: int) -> list[dict[str, str]]:
     """Environment variables of each worker: CPU cores shared out, CUDA devices in turn."""
-    import torch
-
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     every = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // workers))}
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))

@@ -22,6 +22,7 @@ import h5py
 import numpy as np
 import pytest
 import run_studies as studies
+import torch
 from conftest import ROOT, Forked, call
 
 ENV = "hopper-medium-tiny"
@@ -279,7 +280,6 @@ def test_a_terminal_gets_a_status_line(tmp_path, capfd, monkeypatch):
 
 
 def test_workers_share_cores_and_cuda_devices(tmp_path, monkeypatch):
-    import torch
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(7)), raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -327,6 +327,18 @@ def test_a_record_of_another_process_stays(tmp_path):
         while True:
             next(generator)
     assert end.value.value["seconds"]["training"] == 90.0
+
+
+@pytest.mark.parametrize("git", [True, False])
+def test_a_record_says_what_it_was_made_with(git, tmp_path, monkeypatch):
+    if not git:
+        monkeypatch.setenv("PATH", str(tmp_path))
+    run = make_run(tmp_path, "one", "")
+    studies.perform_all([run], workers=1)
+    made = json.loads(run.record_file.read_text())["made_with"]
+    assert made["torch"] == torch.__version__ and made["gpu"] == "none" and set(made) >= {"processor", "commit"}
+    expected = r"[0-9a-f]{7,40}(-dirty)?" if git and (ROOT / ".git").exists() and shutil.which("git") else "unknown"
+    assert re.fullmatch(expected, made["commit"])
 
 
 @pytest.mark.parametrize("left", [None, "resume.pt", "policy.pt"])
@@ -408,7 +420,7 @@ def test_interrupted_or_unreadable_is_one_line(tmp_path):
 @pytest.fixture
 def forked(monkeypatch):
     """Scripts start at once; the slow tests, and those of runs that fail, start Python itself."""
-    monkeypatch.setattr(studies, "subprocess", SimpleNamespace(DEVNULL=subprocess.DEVNULL, Popen=Forked))
+    monkeypatch.setattr(studies, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": Forked}))
 
 
 def test_a_study_from_data_to_table(data, main, forked, monkeypatch):
@@ -669,7 +681,6 @@ def test_without_ray_it_says_what_to_install(main, monkeypatch):
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(flags, message, main, tmp_path_factory, monkeypatch):
-    import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(studies, "perform_all", None)
