@@ -170,7 +170,9 @@ STUDIES |= {table: [one._replace(sweep=False) for one in STUDIES[table]] for tab
 class Args:
     # names of STUDIES: components, lambda, time, neighbours, ...; runs that several share are run once
     studies: tyro.conf.Positional[tuple[str, ...]]
-    env: Str = ""  # the dataset, as in the stages (default: hopper-mini; table1, table2: all of the paper's)
+    env: Str = (
+        ""  # the dataset, as in the stages (default: hopper-mini; table1, table2, maze2d: all that were published)
+    )
     dataset_path: Files = ()  # its HDF5 file(s), as in the stages
     seeds: tuple[int, ...] = ()  # seeds instead of the study's own
     only: tuple[str, ...] = ()  # only these variants, by experiment name; then no table is written
@@ -184,7 +186,7 @@ class Args:
     train_flags: Str = ""  # further flags of the training scripts for every run, in the same way
     rollouts: int = 10  # episodes per target return of the sweep (App. D.6: 30; fewer add noise to the alignment error)
     target_step: float = 100.0  # distance between two target returns of the sweep, raw
-    score_rollouts: Int = None  # episodes per high target in table1, table2 (default: 50; AntMaze 100; Sec. 6.2)
+    score_rollouts: Int = None  # episodes per high target in table1, table2, maze2d (default: 50, Sec. 6.2; mazes: 100)
     runs_dir: str = "runs"  # folder of all runs; those of a --dataset-path lie in one of its own in it
     results_dir: str = str(Path(__file__).resolve().parent)  # folder of records, tables and figures
 
@@ -248,6 +250,8 @@ def read_record(run: Run) -> dict | None:
         record = json.loads(run.record_file.read_text())
         both, alignment = (run.definition, record["definition"]), record[run.result]
         ours, theirs = ({k: v for k, v in one.items() if k != "presets"} | one["presets"] for one in both)
+        if not ours["data"]:  # not at hand: the record's are taken as they are
+            ours["data"] = theirs["data"]
         differs = [k for k in ours | theirs if ours.get(k) != theirs.get(k)]
         differs = [f"{k} {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in differs]
         rows = alignment["sweep" if run.result == "alignment" else run.result]
@@ -276,7 +280,8 @@ def check(runs: list[Run], args: Args) -> None:
                 fail(f"{script}: {name} cannot be passed on, this program sets it")
         try:
             with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
-                parsed = tyro.cli(importlib.import_module(Path(script).stem).Args, args=flags)
+                stage_args = importlib.import_module(Path(script).stem).Args
+                parsed = tyro.cli(stage_args, args=flags, config=(tyro.conf.DisallowNone,))
         except SystemExit as exit:  # tyro has said a title, a rule of dashes, the reason, a rule; or it has helped
             reason = re.split("-{9,}", said.getvalue())[1] if exit.code else "--help and the like cannot be passed on"
             fail(f"{script}: {' '.join(reason.split())}")
@@ -658,9 +663,10 @@ def main() -> None:
             error.add_note("the same command continues")
             raise
     for study, runs in wanted.items() if not args.only else ():
-        if study in PUBLISHED:
+        found = {key[1:]: records[run.name] for key, run in runs.items() if run.name in records}
+        if study in PUBLISHED and found:  # without a record the table there is, of other runs, stays
             tabulate(study, args, runs, records)
-        elif found := {key[1:]: records[run.name] for key, run in runs.items() if run.name in records}:
+        elif found:
             summarise(study, args, found, [run.name for run in runs.values() if run.name not in records])
     if len(records) < len(every):
         fail(f"{len(every) - len(records)} of {len(every)} runs are missing; the same command continues", code=1)

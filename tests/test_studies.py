@@ -280,7 +280,6 @@ def test_a_terminal_gets_a_status_line(tmp_path, capfd, monkeypatch):
 
 
 def test_workers_share_cores_and_cuda_devices(tmp_path, monkeypatch):
-
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(7)), raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -606,6 +605,27 @@ def test_published_numbers_stand_beside_ours(main, tmp_path, monkeypatch):
     assert code == 1 and "cannot compare" in err and len(err.splitlines()) == 1
 
 
+def test_a_table_stays_where_no_run_of_it_is_found(main, tmp_path, monkeypatch):
+    """Its runs may have other names: maze2d-mini's with a --dataset-path."""
+    monkeypatch.setattr(studies, "check", None)
+    table = tmp_path / "results/studies/maze2d-umaze-v1/maze2d.md"
+    table.parent.mkdir(parents=True)
+    table.write_text("of other runs")
+    code, out, err = main("maze2d", "--env", "maze2d-umaze-v1", "--workers", 0, "--results-dir", "results")
+    assert code == 1 and "18 of 18 runs are missing" in err and table.read_text() == "of other runs"
+
+
+def test_records_of_data_that_are_not_at_hand_make_their_table(main, tmp_path):
+    args = replace(make_args(tmp_path), env="walker2d-mini")
+    for seed in (1, 2):
+        write_record(studies.Run(studies.Q_ALIGN, seed, args, {"walker2d-mini.hdf5": "0123"}))
+    code, _, err = main(
+        "spearman", "--env", "walker2d-mini", "--seeds", 1, 2, "--workers", 0, "--results-dir", "results"
+    )
+    assert (code, err) == (0, "")
+    assert "| Q-Align DT | 2 | 2.00 |" in Path("results/studies/walker2d-mini/spearman.md").read_text()
+
+
 def test_what_agrees_with_a_published_number():
     """By hand: of 90 and 80 the mean is 85 and its standard error 5; with a deviation of 12 both have 13."""
     found = [
@@ -616,7 +636,12 @@ def test_what_agrees_with_a_published_number():
 
 
 def maze2d(main, *flags: str) -> str:
-    """The table of Maze2D without any run: the small preset, and the published number of the data's name."""
+    """The table of Maze2D with one run: the small preset, and the published number of the data's name."""
+    args = studies.Args(("maze2d",), "maze2d-mini", flags[1:], results_dir="results")
+    run = studies.runs_of("maze2d", args)["maze2d-mini", "Q-Align DT", 1]
+    about = dict(trained_on=dict(label="maze2d", digest="0123", is_d4rl=False), total_steps=5000)
+    record = make_record(run) | {"high_targets": about | {"high_targets": [dict(target_return=300.0, score_mean=9.0)]}}
+    write_record(run, record | {"inference": {}})
     code, out, _ = main("maze2d", "--env", "maze2d-mini", *flags, "--workers", 0, "--results-dir", "results")
     assert code == 1
     return Path(out.splitlines()[-1].partition(": ")[2]).read_text()
@@ -678,10 +703,10 @@ def test_without_ray_it_says_what_to_install(main, monkeypatch):
         ("loss --train-flags=--total-steps\tmany", "train_qalign_dt.py: Error parsing --total-steps"),
         ("components --train-flags=--no-state-loss", "--no-state-loss is for a Decision Transformer"),
         ("loss --train-flags=--device\tcuda", "no CUDA device"),
+        ("loss --train-flags=--lambda-e\tNone", "train_qalign_dt.py: Error parsing --lambda-e"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(flags, message, main, tmp_path_factory, monkeypatch):
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(studies, "perform_all", None)
     file = tmp_path_factory.mktemp("other") / "file"
