@@ -115,7 +115,8 @@ def parse_env(name: str) -> dict:
     own = re.fullmatch(r"\w[\w.]*", tag, re.ASCII) and tag != "v2" and f"{name}-v2" not in known
     if own and re.fullmatch(r"v\d+", tag):
         fail(f"--env {name}: of D4RL's data only -v2 is known here; for a file of your own take another tag")
-    if body not in BODIES or quality not in (*qualities, "mini") or not (own or name in known):
+    allowed = qualities if body == "antmaze" else (*qualities, "mini")
+    if body not in BODIES or quality not in allowed or not (own or name in known):
         close = difflib.get_close_matches(name, [*known, *MINIS], n=3, cutoff=0.0)
         own = f"<body>-<quality>-<tag>, bodies {', '.join(BODIES)}, qualities {', '.join(qualities)}, a tag without -"
         fail(f"unknown --env {name!r}: did you mean {', '.join(close)}? (your own: {own}; other bodies: me/mine-v0)")
@@ -452,12 +453,13 @@ def dataset(task: dict, paths: list[Path]) -> dict:
     if outside:
         print(f"warning: clipped {outside:,} actions to [-1, 1]", file=sys.stderr)
     actions, ends = actions.clip(-1, 1), np.flatnonzero(episode_end) + 1
-    is_d4rl = of_d4rl(task) and paths == [local_file(task)] and task.get("seed") is None
+    at_home = [path.resolve() for path in paths] == [local_file(task).resolve()]
+    is_d4rl = of_d4rl(task) and at_home and task.get("seed") is None
     names = printable(" + ".join(path.name for path in paths))[:300]
     label = f"{task['body'] or task['env_id']} data, not D4RL: {names}"
     if task.get("seed") is not None:
         label = f"{task['env_id'].rpartition(':')[2]} (regenerated, seed {int(task['seed'])})"
-    elif is_d4rl or "/" in task["name"] and paths == [local_file(task)]:
+    elif is_d4rl or "/" in task["name"] and at_home:
         label = f"{task['name']} ({'D4RL' if is_d4rl else 'Minari'})"
     return content(task, observations, actions, rewards, terminals, ends, label, is_d4rl, sources)
 
@@ -467,8 +469,8 @@ def content(task, observations, actions, rewards, terminals, ends, label: str, i
     starts = np.concatenate([[0], ends[:-1]])
     returns, total = np.add.reduceat(rewards, starts, dtype=np.float64), np.cumsum(rewards, dtype=np.float64)
     to_go = total[np.repeat(ends, ends - starts) - 1] - total + rewards
-    cut = np.unique((ends - starts)[~terminals[ends - 1]])  # lengths of the episodes that a time limit ended
-    one = len(cut) == 1 and cut[0] == (ends - starts).max()
+    cut = (ends - starts)[~terminals[ends - 1]]  # lengths of the episodes that a time limit ended, if two agree on it
+    one = len(cut) > 1 and np.ptp(cut) == 0 and cut[0] == (ends - starts).max()
     if not task.pop("horizon_is_recorded", False) and not is_d4rl and one and cut[0] < task["horizon"]:
         task["horizon"] = int(cut[0])
     if task["horizon"] != HORIZON and task["body"] != "maze2d":
@@ -486,7 +488,7 @@ def content(task, observations, actions, rewards, terminals, ends, label: str, i
         task["rtg_range"] = own_range
         if task["body"] not in ("antmaze", "maze2d"):
             best = float(returns.max())
-            task["targets"] = (best, best + 0.2 * abs(best))
+            task["targets"] = (best, best + 0.2 * abs(best)) if best else (best,)
     elif known := dict(zip(QUALITIES, D4RL_RETURNS.get(task["body"], ()))).get(task["quality"]):
         if not np.allclose(known, (returns.min(), returns.max()), atol=0.02):
             ours = f"returns from {returns.min():.2f} to {returns.max():.2f}, D4RL's from {known[0]} to {known[1]}"

@@ -375,6 +375,7 @@ def lengths_file(path: Path, *episodes: tuple[int, str], arrays, **attributes) -
         ([(200, "timeouts")] * 20, {}, 200),
         ([(200, "timeouts"), (30, "terminals"), (200, "timeouts")], {}, 200),
         ([(200, "timeouts"), (100, "timeouts")], {}, 1000),  # where one was cut for another reason
+        ([(20, "terminals"), (30, "terminals"), (40, "timeouts")], {}, 1000),  # the end of the recording alone
         ([(1000, "timeouts")] * 2, {}, 1000),
         ([(1500, "timeouts")] * 2, {}, 1000),  # the environment's own limit stays
         ([(40, "terminals")] * 3, {}, 1000),
@@ -393,6 +394,25 @@ def test_d4rls_own_files_keep_d4rls_horizon(tmp_path, hopper_arrays, monkeypatch
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
     lengths_file(tmp_path / "hopper_medium-v2.hdf5", (200, "timeouts"), arrays=hopper_arrays)
     assert data_of("hopper-medium-v2").task.horizon == 1000
+
+
+def test_d4rls_own_file_is_known_by_any_path(tmp_path, hopper_arrays, monkeypatch):
+    file = lengths_file(tmp_path / "hopper_medium-v2.hdf5", (200, "timeouts"), arrays=hopper_arrays)
+    (tmp_path / "link").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("D4RL_DATASET_DIR", ".")
+    for i, path in enumerate((None, file, tmp_path / "link" / file.name)):
+        paths = (str(path),) if path else ()
+        assert prepare.prepare("hopper-medium-v2", paths, str(tmp_path / f"runs{i}"))["task"]["is_d4rl"], path
+
+
+def test_a_best_return_of_0_is_asked_for_once(tmp_path, hopper_arrays):
+    """1.2 times it is the same."""
+    observations, actions, rewards = hopper_arrays[:3]
+    file = lengths_file(tmp_path / "x.hdf5", *[(20, "terminals")] * 3, arrays=(observations, actions, -abs(rewards)))
+    with h5py.File(file, "a") as f:
+        f["rewards"][:20] = 0
+    assert data_of(ENV, file).task.targets == (0.0,)
 
 
 @pytest.mark.parametrize("limit", [0, -5, 10**9, 3.5, "all", [3, 4]])
@@ -473,6 +493,8 @@ def test_other_layouts_get_the_line_that_helps(tmp_path, hopper_arrays, capsys, 
     assert "84 zeros: append them" in refused(capsys, "ant-medium-x", write_hdf5(tmp_path / "a.hdf5", *ant))
     for name in ("hopper-medium-v0", "halfcheetah-expert-v1", "antmaze-umaze-v0"):
         assert "only -v2 is known" in refused(capsys, name, file)
+    for name in ("antmaze-mini", "antmaze-mini-x"):
+        assert "unknown --env" in refused(capsys, name, file)
     page = tmp_path / "hopper_medium-v2.hdf5"
     for text in ("<!DOCTYPE html><p>Moved", "\n <HTML>"):
         page.write_text(text)
