@@ -53,8 +53,8 @@ class Args:
     exp_name: str = "train_qalign_dt"  # experiment to evaluate; the run folder is <runs-dir>/<env>__<exp-name>__<seed>
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where the policy runs; auto takes CUDA if there is one
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # arithmetic of the blocks; auto: bf16 if the hardware has it
-    # only the score at high target returns (the release's; own data: 1.0 and 1.2 times its best return), the paper's
-    # protocol, into high_targets.json and .csv. AntMaze, whose returns are 0 and 1, is always evaluated so
+    # only the score at high target returns (the release's; own data: its best return, and a fifth of that more), the
+    # paper's protocol, into high_targets.json and .csv. AntMaze, whose returns are 0 and 1, is always evaluated so
     high_targets: bool = False
     # how the policy is asked, with --high-targets: by the return-to-go, or by a mode of the baseline's own, whose
     # answer does not depend on the target (plan: VDT's Algorithm 3; best, softmax: QT's choice by Q)
@@ -72,7 +72,7 @@ class Args:
     video: Floats = ()  # also a GIF: up to 10 s at each of these target returns (raw; needs OpenGL)
 
     def __post_init__(self):
-        check_args(self, {"rollouts": 1, "target_step": 1, "video": -1e9, "context": 1})
+        check_args(self, {"rollouts": 1, "target_step": 1e-6, "video": -1e9, "context": 1})
         if self.inference != "request" and (not self.high_targets or self.video or self.export or self.context):
             text = "its answer does not depend on the target: with --high-targets only, no --video, --export, --context"
             raise ValueError(f"--inference {self.inference}: {text}")
@@ -88,14 +88,14 @@ class Task:
     env_kwargs: dict
     body: str  # hopper, halfcheetah, walker2d, ant, antmaze, maze2d; "" for other environments
     quality: str  # medium, mini, umaze, ...
-    tag: str  # v2: D4RL's names; mini; minari; anything else: your own data
+    tag: str  # v2, mazes also v0 and v1: D4RL's names; mini; minari; anything else: your own data
     obs_dim: int
     act_dim: int
     horizon: int  # steps after which a rollout is cut
     ref_min: float  # reference returns, of a random and of an expert policy; 0 and 100: the score is the return
     ref_max: float
     rtg_scale: float  # a normalised return-to-go is the raw one divided by it
-    rtg_range: tuple[float, float]  # normalised: the release's for D4RL data, else the data's own
+    rtg_range: tuple[float, float]  # normalised: the release's for D4RL's files (but Maze2D's), else the data's own
     targets: tuple[float, ...]  # high target returns to report a score at
     sweep: tuple[float, ...]  # target returns of stage 3's sweep; (): the data's own returns
     reward_shift: float  # AntMaze: the critic sees r - 1, as in IQL
@@ -319,7 +319,7 @@ def rollout(trained, targets, seeds, horizon: int, what: str, reward_function=No
 
 
 def load_critic(trained: "Trained") -> Ensemble | None:
-    """The critic of a stage 2 checkpoint, on its policy's device; None where there was no alignment loss."""
+    """The critic that was trained with the policy, on its device; None where there was none (a DT)."""
     task, config, weights = trained.task, trained.content["config"], trained.content.get("critic")
     if weights is None:
         return None
@@ -569,7 +569,10 @@ def main() -> None:
     if args.env and args.env != task.name:
         fail(f"{path} was trained on --env {task.name}, not {args.env}")
     for other in policies:
-        if any(getattr(other.task, x) != getattr(task, x) for x in ("env_id", "env_kwargs", "ref_max")):
+        if any(
+            getattr(other.task, x) != getattr(task, x)
+            for x in ("env_id", "env_kwargs", "horizon", "ref_min", "ref_max")
+        ):
             fail(f"{other.path} is a policy of {other.task.name}, not {task.name}; --compare needs one environment")
     if not os.access(path.parent, os.W_OK):
         fail(f"{path.parent}: cannot write there; copy the checkpoint to a folder of your own")

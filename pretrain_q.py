@@ -87,7 +87,7 @@ def resolve(args: Args, task: "Task", device: torch.device) -> Args:
     """Fill in the defaults that depend on the task."""
     preset = args.preset or ("small" if task.quality == "mini" else "paper")
     defaults = (SMALL if preset == "small" else PAPER) | {"method": "iql" if task.body == "antmaze" else "sarsa"}
-    args = replace(args, device=device.type, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
+    args = valid(replace, args, device=device.type, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
     if args.warm_start_steps is None:
         # Q' climbs to its level with time constant 1 / (tau per step (1 - gamma)): 40,000 steps. A SARSA run shorter
         # than three of them begins with regression: in few steps of SARSA, min_m of two critics that still disagree
@@ -107,14 +107,14 @@ class Task:
     env_kwargs: dict
     body: str  # hopper, halfcheetah, walker2d, ant, antmaze, maze2d; "" for other environments
     quality: str  # medium, mini, umaze, ...
-    tag: str  # v2: D4RL's names; mini; minari; anything else: your own data
+    tag: str  # v2, mazes also v0 and v1: D4RL's names; mini; minari; anything else: your own data
     obs_dim: int
     act_dim: int
     horizon: int  # steps after which a rollout is cut
     ref_min: float  # reference returns, of a random and of an expert policy; 0 and 100: the score is the return
     ref_max: float
     rtg_scale: float  # a normalised return-to-go is the raw one divided by it
-    rtg_range: tuple[float, float]  # normalised: the release's for D4RL data, else the data's own
+    rtg_range: tuple[float, float]  # normalised: the release's for D4RL's files (but Maze2D's), else the data's own
     targets: tuple[float, ...]  # high target returns to report a score at
     sweep: tuple[float, ...]  # target returns of stage 3's sweep; (): the data's own returns
     reward_shift: float  # AntMaze: the critic sees r - 1, as in IQL
@@ -572,13 +572,21 @@ def run_folder(args, exp_name: str) -> Path:
     return Path(args.runs_dir) / f"{args.env.replace('/', '--')}__{exp_name}__{args.seed}"
 
 
+def valid(make, *args, **values):
+    """make(*args, **values), where a flag may not fit the other values of a preset: then one line, and exit 2."""
+    try:
+        return make(*args, **values)
+    except ValueError as error:
+        fail(str(error))
+
+
 @contextlib.contextmanager
 def claim(folder: Path, wait: bool = False):
     """Make the run folder and hold its lock; if another process does, exit 2 or wait. Removes our leftover files."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")
     try:
-        held = lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0.1)  # run_studies.py holds it for a moment, to see whether it is free
     except filelock.Timeout:
         if not wait:
             fail(f"{folder}: another process is writing this run; wait, or choose another --exp-name or --seed")

@@ -122,6 +122,8 @@ class Args:
             raise ValueError(f"--dropout {self.dropout}: must be below 1")
         if self.average and self.average > 1:
             raise ValueError(f"--average {self.average}: must not exceed 1")
+        if self.context_len == 1 and self.lambda_e and self.update_q:
+            raise ValueError("--context-len 1: Eq. 7's targets need two steps; take 2, or --no-update-q")
         if self.rtg_range and self.rtg_range[0] > self.rtg_range[1]:
             raise ValueError(f"--rtg-range {self.rtg_range}: the first must be the smaller one")
 
@@ -180,7 +182,7 @@ def resolve(args: Args, data: "Dataset", device: torch.device) -> Config:
     values["half_normal"] = task.body == "antmaze"
     if values["eval_every"] is None:
         values["eval_every"] = max(values["total_steps"] // 10, 1)
-    return Config(**values)
+    return valid(Config, **values)
 
 
 # ======== shared: data ========
@@ -193,14 +195,14 @@ class Task:
     env_kwargs: dict
     body: str  # hopper, halfcheetah, walker2d, ant, antmaze, maze2d; "" for other environments
     quality: str  # medium, mini, umaze, ...
-    tag: str  # v2: D4RL's names; mini; minari; anything else: your own data
+    tag: str  # v2, mazes also v0 and v1: D4RL's names; mini; minari; anything else: your own data
     obs_dim: int
     act_dim: int
     horizon: int  # steps after which a rollout is cut
     ref_min: float  # reference returns, of a random and of an expert policy; 0 and 100: the score is the return
     ref_max: float
     rtg_scale: float  # a normalised return-to-go is the raw one divided by it
-    rtg_range: tuple[float, float]  # normalised: the release's for D4RL data, else the data's own
+    rtg_range: tuple[float, float]  # normalised: the release's for D4RL's files (but Maze2D's), else the data's own
     targets: tuple[float, ...]  # high target returns to report a score at
     sweep: tuple[float, ...]  # target returns of stage 3's sweep; (): the data's own returns
     reward_shift: float  # AntMaze: the critic sees r - 1, as in IQL
@@ -694,16 +696,21 @@ def main() -> None:
     config = replace(config, bf16=saved_bf16(folder, STAGE, args.precision, config.bf16))
     identity = {name: value for name, value in vars(config).items() if name not in NOT_OF_THE_RUN}
     identity |= dict(data=task.digest, critic=other_critic(args) if config.lambda_e else None)
-    finished = load_own(folder / "policy.pt", STAGE, identity)
-    if finished and fits(finished.get("step"), int) and finished["step"] == config.total_steps:
-        print(f"{folder}/policy.pt is finished; nothing to do (another run: --exp-name)")
-        return
-    state = load_own(folder / "resume.pt", STAGE, identity)
-    stage_1 = None
+
+    def look() -> dict | None:
+        """The state to go on from, if there is one; exits 0 where the run is finished."""
+        finished = load_own(folder / "policy.pt", STAGE, identity)
+        if finished and fits(finished.get("step"), int) and finished["step"] == config.total_steps:
+            print(f"{folder}/policy.pt is finished; nothing to do (another run: --exp-name)")
+            sys.exit()
+        return load_own(folder / "resume.pt", STAGE, identity)
+
+    state, stage_1 = look(), None
     if config.lambda_e > 0 and not state:  # resume.pt holds the critic: stage 1's is no longer needed
         stage_1 = pretrained(args, config, data)
 
     with claim(folder):
+        state = look() or state  # another process may have gone on, or have finished
         if args.track:
             track(args, folder)
         learner = CoTraining(task, Windows(data, config.context_len, device), config, stage_1)
@@ -773,7 +780,7 @@ class Progress:
 def other_critic(args: Args) -> str | None:
     """The hash of a --critic that is not stage 1's of this env and seed, and so makes another run; else None."""
     own = run_folder(args, "pretrain_q") / "critic.pt"
-    if not args.critic or os.path.abspath(args.critic) == os.path.abspath(own):
+    if not args.critic or os.path.realpath(args.critic) == os.path.realpath(own):
         return None
     load_checkpoint(Path(args.critic), "pretrain_q")  # exits 2 on anything else
     return hashlib.sha256(Path(args.critic).read_bytes()).hexdigest()[:16]
@@ -978,13 +985,21 @@ def run_folder(args, exp_name: str) -> Path:
     return Path(args.runs_dir) / f"{args.env.replace('/', '--')}__{exp_name}__{args.seed}"
 
 
+def valid(make, *args, **values):
+    """make(*args, **values), where a flag may not fit the other values of a preset: then one line, and exit 2."""
+    try:
+        return make(*args, **values)
+    except ValueError as error:
+        fail(str(error))
+
+
 @contextlib.contextmanager
 def claim(folder: Path, wait: bool = False):
     """Make the run folder and hold its lock; if another process does, exit 2 or wait. Removes our leftover files."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")
     try:
-        held = lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0.1)  # run_studies.py holds it for a moment, to see whether it is free
     except filelock.Timeout:
         if not wait:
             fail(f"{folder}: another process is writing this run; wait, or choose another --exp-name or --seed")

@@ -66,7 +66,7 @@ class Args:
     # RTG(v): the paper's line, our curve, or both, from the same candidates (video: the first)
     calibration: tuple[Literal["two-point", "monotone"], ...] = ("two-point",)
     budgets: tuple[int, ...] = (40,)  # candidate RTGs at each end; several are Table C.6 (plot and video: the first)
-    calibration_width: float = 2000.0  # the candidates' interval is 1000 v +- this, raw return
+    calibration_width: float = 2000.0  # raw; the candidates are v times an episode's steps (1000) +- this
     calibration_rollouts: int = 5  # episodes per candidate
     video: Floats = ()  # also a GIF: up to 10 s at each of these velocities (needs OpenGL)
 
@@ -86,14 +86,14 @@ class Task:
     env_kwargs: dict
     body: str  # hopper, halfcheetah, walker2d, ant, antmaze, maze2d; "" for other environments
     quality: str  # medium, mini, umaze, ...
-    tag: str  # v2: D4RL's names; mini; minari; anything else: your own data
+    tag: str  # v2, mazes also v0 and v1: D4RL's names; mini; minari; anything else: your own data
     obs_dim: int
     act_dim: int
     horizon: int  # steps after which a rollout is cut
     ref_min: float  # reference returns, of a random and of an expert policy; 0 and 100: the score is the return
     ref_max: float
     rtg_scale: float  # a normalised return-to-go is the raw one divided by it
-    rtg_range: tuple[float, float]  # normalised: the release's for D4RL data, else the data's own
+    rtg_range: tuple[float, float]  # normalised: the release's for D4RL's files (but Maze2D's), else the data's own
     targets: tuple[float, ...]  # high target returns to report a score at
     sweep: tuple[float, ...]  # target returns of stage 3's sweep; (): the data's own returns
     reward_shift: float  # AntMaze: the critic sees r - 1, as in IQL
@@ -318,7 +318,8 @@ def calibrate(trained: "Trained", v: float, budget: int, width: float, seeds: np
 
     (Their grid, the episodes for each, and that the paper's 40 are 40 at each end, are our reading.)
     """
-    candidates = np.linspace(1000 * v - width, 1000 * v + width, budget)  # 1000: steps of a training episode
+    middle = trained.task.horizon * v  # the paper's 1000 v: of as many steps as a training episode has
+    candidates = np.linspace(middle - width, middle + width, budget)
     returns, realised, _ = episodes(trained, np.full(budget, v), candidates, seeds, steps, f"calibration at {v:g} m/s")
     returns, realised = returns.mean(axis=1), realised.mean(axis=1)
     achieved = {"rtg": candidates.tolist(), "return_mean": returns.tolist(), "velocity_mean": realised.tolist()}

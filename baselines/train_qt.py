@@ -47,6 +47,7 @@ from train_qalign_dt import (
     pretrained,
     run,
     supervised_loss,
+    valid,
 )
 
 
@@ -76,6 +77,8 @@ class Args(RunArgs):
 
     def __post_init__(self):
         self.check(best_return=-1e9)
+        if self.context_len == 1 and self.eta:
+            raise ValueError("--context-len 1: Q's targets need two steps; take 2, or --eta 0")
         if not 0 < self.gamma < 1:
             raise ValueError(f"--gamma {self.gamma}: must be between 0 and 1")
 
@@ -133,7 +136,7 @@ CANDIDATES = {  # the release's evaluation targets, raw
     "antmaze": (1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.3),
     "maze2d": (300, 200, 150, 100, 50, 20),
 }
-OWN_CANDIDATES = (0.5, 0.75, 1.0, 1.2)  # times the best return of own data
+OWN_CANDIDATES = (0.5, 0.75, 1.0, 1.2)  # of own data: times the best return (1.2 of -100 means -80)
 CRITIC_LR, L2, TAU = 3e-4, 1e-4, 0.005
 POLICY_EVERY, POLICY_AFTER = 5, 1000  # the target policy moves every 5th step, once 1,000 are done
 
@@ -151,7 +154,7 @@ def resolve(args: Args, task, data, device: torch.device) -> Config:
     values = fill_in(args, task, data, device, PAPER | release, release | SMALL)
     values["best_return"] = float(data.returns.max())
     values["critic"] = "none" if args.critic == "none" else other_critic(args) or "stage 1"
-    return Config(**values)
+    return valid(Config, **values)
 
 
 def window_target(batch: Batch, q_last, gamma: float):

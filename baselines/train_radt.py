@@ -58,6 +58,7 @@ from train_qalign_dt import (
     saved_bf16,
     track,
     use_bf16,
+    valid,
 )
 
 
@@ -147,7 +148,7 @@ def resolve(args: Args, task, data, device: torch.device) -> Config:
         values["method"] = f"RADT, {'SeqRA' if args.seqra else 'StepRA'} only"
     if args.seqra and not args.alpha:
         values["method"] = f"{values.get('method', 'RADT')}, without alpha"
-    return Config(**values)
+    return valid(Config, **values)
 
 
 class StepNorm(nn.Module):
@@ -363,7 +364,16 @@ class Run(NamedTuple):
     folder: Path
     identity: dict  # the configuration and the data; what is found in the folder must have the same
     gamma_is_late: bool  # it is not in the identity, as only stage 1's critic decides it
-    state: dict | None  # of resume.pt
+    state: dict | None = None  # of resume.pt
+
+    def look(self) -> dict | None:
+        """The state to go on from, if there is one; exits 0 where the run is finished."""
+        policy = load_own(self.folder / "policy.pt", self.stage, self.identity)
+        whole = policy and (policy.get("model") or not getattr(self.config, "model_steps", 0))  # VDT's model comes last
+        if whole and policy.get("step") == self.config.total_steps:
+            print(f"{self.folder}/policy.pt is finished; nothing to do (another run: --exp-name)")
+            sys.exit()
+        return load_own(self.folder / "resume.pt", self.stage, self.identity)
 
     def windows(self) -> Windows:
         return Windows(self.data, self.config.context_len, torch.device(self.config.device))
@@ -382,13 +392,8 @@ def find_run(stage: str, args_class, resolve, description: str) -> Run:
     if gamma_is_late:
         del identity["gamma"]
     identity["data"] = data.task.digest
-    policy = load_own(folder / "policy.pt", stage, identity)
-    whole = policy and (policy.get("model") or not getattr(config, "model_steps", 0))  # VDT's model comes last
-    if whole and policy.get("step") == config.total_steps:
-        print(f"{folder}/policy.pt is finished; nothing to do (another run: --exp-name)")
-        sys.exit()
-    state = load_own(folder / "resume.pt", stage, identity)
-    return Run(stage, args, data, config, folder, identity, gamma_is_late, state)
+    found = Run(stage, args, data, config, folder, identity, gamma_is_late)
+    return found._replace(state=found.look())
 
 
 def train(found: Run, learner, steps: int, columns=None) -> None:
@@ -399,12 +404,13 @@ def train(found: Run, learner, steps: int, columns=None) -> None:
     """
     folder, data = found.folder, found.data
     with claim(folder):
+        state = found.look() or found.state  # another process may have gone on, or have finished
         if found.args.track:
             track(found.args, folder)
         task, done = data.task, Progress(gamma=getattr(learner.config, "gamma", 0.99))
         sums = torch.zeros(len(learner.metrics), device=learner.generator.device)  # of the metrics since the last row
-        if found.state:
-            done = restore(found.state, folder / "resume.pt", learner, sums, steps, Progress)
+        if state:
+            done = restore(state, folder / "resume.pt", learner, sums, steps, Progress)
             if found.gamma_is_late:
                 learner.config = replace(learner.config, gamma=done.gamma)
         size = f"{len(data.rewards):,} transitions, {len(data.ends):,} episodes"

@@ -46,6 +46,7 @@ from train_qalign_dt import (
     make_policy,
     masked_mean,
     run,
+    valid,
 )
 
 
@@ -117,7 +118,7 @@ def resolve(args: Args, task, data, device: torch.device) -> Config:
     values["best_return"] = float(data.returns.max())
     off = [name for name, x in (("without weights", values["eta"]), ("without Q term", args.q_weight)) if not x]
     values["method"] = ", ".join(["VDT", *off])
-    return Config(**values)
+    return valid(Config, **values)
 
 
 class Targets(NamedTuple):

@@ -218,9 +218,9 @@ def main() -> None:
     identity |= {"env_steps": env_steps, "device": device.type, "data": task.digest, "tuned": weights}
     folder = run_folder(args, args.exp_name)
     best, label = float(offline.returns.max()), content["config"].get("method", "DT")
-    state = load_own(folder / "resume.pt", "tune_vdt", identity)
 
     with claim(folder):
+        state = load_own(folder / "resume.pt", "tune_vdt", identity)
         if args.track:
             track(args, folder)
         learner, buffer = Tuning(task, config, content, device), Buffer(offline, args.capacity)

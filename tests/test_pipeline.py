@@ -19,6 +19,7 @@ import numpy as np
 import prepare
 import pytest
 import torch
+import train_radt
 from conftest import ENV, FORK, ROOT, TINY1, TINY2, Forked, argv, data_of, load, task_of, tree, write_hdf5
 
 import evaluate_alignment as stage3
@@ -242,6 +243,7 @@ def test_another_critic_is_another_run(pipeline, run_main, hopper_file, tmp_path
 
     assert go(pipeline.critic)[0] == 0
     assert "is finished" in go(same)[1]
+    (tmp_path / "link").symlink_to(tmp_path)
     stage_1 = tmp_path / "runs" / FOLDER1 / "critic.pt"
     stage_1.parent.mkdir()
     shutil.copy(other, stage_1)
@@ -252,6 +254,7 @@ def test_another_critic_is_another_run(pipeline, run_main, hopper_file, tmp_path
     assert tree(tmp_path / "runs") == before
     shutil.rmtree(tmp_path / "runs" / FOLDER2)
     assert go(None)[0] == 0 and "is finished" in go(stage_1)[1]  # the default, by its name
+    assert "is finished" in go(tmp_path / "link" / stage_1.relative_to(tmp_path))[1]
 
 
 def test_what_was_finished_on_another_device_is_finished(pipeline, run_main, hopper_file, tmp_path):
@@ -268,6 +271,24 @@ def test_what_was_finished_on_another_device_is_finished(pipeline, run_main, hop
     torch.save(resume | {"config": resume["config"] | {"device": "cuda"}}, runs / FOLDER2 / "resume.pt")
     code, _, err = run_main(stage2, *argv(hopper_file, runs, *flags2))
     assert code == 2 and "device cuda there, cpu here" in error_line(err)
+
+
+@pytest.mark.parametrize("stage", [stage2, train_radt], ids=["train_qalign_dt", "train_radt"])
+def test_what_another_process_finished_before_the_lock_is_finished(stage, run_main, hopper_file, tmp_path, monkeypatch):
+    flags = argv(hopper_file, tmp_path / "runs", "--preset", "small", "--total-steps", 2, "--device", "cpu")
+    flags += ["--lambda-e", "0"] if stage is stage2 else []
+    assert run_main(stage, *flags)[0] == 0
+    folder = next((tmp_path / "runs").rglob("policy.pt")).parent
+    before, away = tree(folder), folder.rename(tmp_path / "away")
+
+    def late(path, claim=stage.claim):
+        away.rename(path)
+        return claim(path)
+
+    monkeypatch.setattr(stage, "claim", late)
+    code, out, err = run_main(stage, *flags)
+    assert code == 0 and out.endswith("is finished; nothing to do (another run: --exp-name)\n"), err
+    assert tree(folder) == before
 
 
 def test_an_untrained_policy_can_be_saved(tmp_path, run_main, hopper_file):

@@ -6,6 +6,7 @@ Exit code 2 is a refusal, with nothing written, and 1 an error of the system or 
 import contextlib
 import dataclasses
 import fcntl
+import importlib
 import io
 import json
 import os
@@ -114,6 +115,25 @@ def test_flags_that_contradict_each_other(run_main, tmp_path, monkeypatch):
         code, out, err = run_main(stage, *flags)
         assert (code, out) == (2, "") and says in err, (flags, err)
     assert os.listdir() == []
+
+
+@pytest.mark.parametrize(
+    "script, flags, says",
+    [
+        ("pretrain_q", ["--warm-start-steps", 20000], "--warm-start-steps 20000: more than --total-steps 10000"),
+        ("train_qalign_dt", ["--n-head", 3], "--embed-dim 64 is not a multiple of --n-head 3"),
+        ("train_qalign_dt", ["--context-len", 1], "--context-len 1: Eq. 7's targets need two steps"),
+        ("train_radt", ["--n-head", 5], "--embed-dim 64 is not a multiple of --n-head 5"),
+        ("train_vdt", ["--embed-dim", 65], "--embed-dim 65 is not a multiple of --n-head 2"),
+        ("train_qt", ["--context-len", 1], "--context-len 1: Q's targets need two steps"),
+        ("train_rvdt", ["--n-head", 3], "--embed-dim 64 is not a multiple of --n-head 3"),
+    ],
+)
+def test_a_flag_that_does_not_fit_the_preset(script, flags, says, run_main, hopper_file, tmp_path):
+    """Known only once the data have named the preset."""
+    result = run_main(importlib.import_module(script), *argv(hopper_file, tmp_path, "--preset", "small", *flags))
+    assert_one_line(result, 2, says)
+    assert os.listdir(tmp_path) == [str(DATA.parent)]
 
 
 def test_other_bad_input_is_one_line(tmp_path, run_main, pipeline, hopper_file):
@@ -477,6 +497,10 @@ def test_edited_policies_are_one_line_before_any_rollout(stage, copy_of, pipelin
         assert len(result[2]) < 1000 and os.listdir(path.parent) == before
     if stage is stage3:  # also where it is not the first
         other = Path(shutil.copy(pipeline.policy, tmp_path / "policy.pt"))
+        for change in ({"horizon": 6}, {"ref_min": -1.0}):  # whose scores mean something else
+            torch.save(content | {"task": task | change}, path)
+            result = run_main(stage3, "--checkpoint", other, "--compare", path, "--device", "cpu")
+            assert_one_line(result, 2, path, "--compare needs one environment")
         for change in ({"gamma": 2.0}, {"gamma": "x"}, {"critic": {}}, {"critic": 3}):
             torch.save(content | change, path)
             result = run_main(stage3, "--checkpoint", other, "--compare", path, "--device", "cpu")

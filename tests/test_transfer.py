@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -185,6 +186,8 @@ def test_calibration_rolls_out_the_wrapped_environment_and_picks_the_best(traine
     assert end["velocity_mean"] == pytest.approx(expected[:, 1], abs=1e-4)
     assert end["best_rtg"] == grid[int(np.argmax(expected[:, 0]))]
     assert np.ptp(expected[:, 0]) > 0.01  # the RTG matters
+    short = trained._replace(task=replace(trained.task, horizon=200))  # a velocity returns a fifth of 1,000 steps'
+    assert transfer.calibrate(short, v, 3, 1500.0, seeds, 1)["rtg"] == [200 * v + x for x in (-1500, 0, 1500)]
 
 
 def test_return_to_go_falls_by_the_training_kind_of_reward(trained):
