@@ -53,11 +53,11 @@ class Args:
     exp_name: str = "train_qalign_dt"  # experiment to evaluate; the run folder is <runs-dir>/<env>__<exp-name>__<seed>
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where the policy runs; auto takes CUDA if there is one
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # arithmetic of the blocks; auto: bf16 if the hardware has it
-    # only the score at high target returns (the release's; own data: its best return, and a fifth of that more), the
-    # paper's protocol, into high_targets.json and .csv. AntMaze, whose returns are 0 and 1, is always evaluated so
+    # the paper's protocol: only the score at high target returns (the release's; own data: its best return, and 20%
+    # more); writes high_targets.json and .csv. AntMaze, whose returns are 0 and 1, is always evaluated so
     high_targets: bool = False
-    # how the policy is asked, with --high-targets: by the return-to-go, or by a mode of the baseline's own, whose
-    # answer does not depend on the target (plan: VDT's Algorithm 3; best, softmax: QT's choice by Q)
+    # with --high-targets, how actions are chosen; request: by the target return; the others: a baseline's own modes,
+    # which ignore the target (plan: VDT's Algorithm 3; best, softmax: QT's choice by Q)
     inference: Literal["request", "plan", "best", "softmax"] = "request"
     # how many of the last steps the policy sees when it acts (default: stage 2's --eval-context-len); also in the
     # files' names: alignment_context_<n>
@@ -68,7 +68,7 @@ class Args:
     # of the data's returns, the number of parameters, and the time per action
     percentiles: bool = False
     trajectories: bool = False  # also the forward velocity against the target, and over time for five of the targets
-    export: Text = ""  # only write the policy to this file (.pt2), for torch.export.load: from raw numbers to an action
+    export: Text = ""  # only write the policy to this file (.pt2), for torch.export.load: raw numbers in, an action out
     video: Floats = ()  # also a GIF: up to 10 s at each of these target returns (raw; needs OpenGL)
 
     def __post_init__(self):
@@ -99,7 +99,7 @@ class Task:
     targets: tuple[float, ...]  # high target returns to report a score at
     sweep: tuple[float, ...]  # target returns of stage 3's sweep; (): the data's own returns
     reward_shift: float  # AntMaze: the critic sees r - 1, as in IQL
-    label: str  # how plots, logs and JSON call the data
+    label: str  # what plots, logs and JSON call the data
     is_d4rl: bool
     digest: str  # of the arrays
     sources: list  # the files: name, size, time, sha256
@@ -258,7 +258,7 @@ class Rollouts(NamedTuple):
     returns: np.ndarray  # (n,) raw
     lengths: np.ndarray  # (n,)
     rewards: np.ndarray  # (n, T)
-    velocities: np.ndarray  # (n, T) forward, m/s; NaN where no MuJoCo model says
+    velocities: np.ndarray  # (n, T) forward, m/s; NaN without a MuJoCo model; T: the horizon in steps
     first_obs: torch.Tensor  # (n, obs_dim) standardised
     first_act: torch.Tensor  # (n, act_dim)
     qpos: np.ndarray | None  # (n, T, nq) MuJoCo's positions after each step, if asked for
@@ -328,7 +328,7 @@ def load_critic(trained: "Trained") -> Ensemble | None:
         check_same(weights, critic.state_dict(), "critic")
         critic.load_state_dict(weights)
         if not (fits(trained.content["gamma"], float) and 0 < trained.content["gamma"] < 1):
-            raise ValueError("gamma")
+            raise ValueError("its discount is impossible")
     except Exception as error:  # an edited file can break in any way
         fail(f"{trained.path}: its critic is not whole ({one_line(error)}); train it again")
     return critic.to(next(trained.policy.parameters()).device)
@@ -345,7 +345,8 @@ def target_returns(task: Task, returns: np.ndarray, step: float) -> np.ndarray:
     if task.sweep:
         return np.array(task.sweep)
     if (n := np.ptp(returns) / step) > MOST_TARGETS:
-        fail(f"--target-step {step:g}: that makes {n:,.0f} target returns; {np.ptp(returns) / 50:.2g} makes 50")
+        limit = f"more than {MOST_TARGETS}"
+        fail(f"--target-step {step:g} makes {n:,.0f} target returns, {limit}; {np.ptp(returns) / 50:.2g} makes 50")
     targets = np.arange(returns.min(), returns.max() + 1e-9, step)
     return targets if len(targets) >= 12 else np.linspace(returns.min(), returns.max(), 12)
 
@@ -553,7 +554,7 @@ def export(trained: "Trained", path: Path) -> None:
     batch = [{0: torch.export.Dim.DYNAMIC}] * len(example)
     torch.export.save(torch.export.export(Raw(trained).eval(), example, dynamic_shapes=batch), file)
     write_file(path, file.getvalue())
-    how = "rtg, obs, act, timestep and valid, as class Raw in evaluate_alignment.py"
+    how = "rtg, obs, act, timestep and valid, as in class Raw of evaluate_alignment.py"
     print(f"{path}: call with {K} steps of {how}; it returns actions from -1 to 1, to be scaled to the environment's")
 
 
@@ -569,16 +570,15 @@ def main() -> None:
     if args.env and args.env != task.name:
         fail(f"{path} was trained on --env {task.name}, not {args.env}")
     for other in policies:
-        if any(
-            getattr(other.task, x) != getattr(task, x)
-            for x in ("env_id", "env_kwargs", "horizon", "ref_min", "ref_max")
-        ):
-            fail(f"{other.path} is a policy of {other.task.name}, not {task.name}; --compare needs one environment")
+        same = ("env_id", "env_kwargs", "horizon", "ref_min", "ref_max")
+        if any(getattr(other.task, x) != getattr(task, x) for x in same):
+            what = "--compare needs one environment, horizon and pair of reference returns"
+            fail(f"{other.path} is a policy of {other.task.name}, not {task.name}; {what}")
     if not os.access(path.parent, os.W_OK):
         fail(f"{path.parent}: cannot write there; copy the checkpoint to a folder of your own")
     high_only = args.high_targets or task.body == "antmaze"
     if high_only and (args.trajectories or args.percentiles):
-        fail("--trajectories, --percentiles: there is no RTG sweep with --high-targets, nor of an AntMaze")
+        fail("--trajectories, --percentiles: both need the RTG sweep, which --high-targets and AntMaze do not have")
     renderer = make_renderer(task) if args.video else None  # before the first environment, which switches OpenGL off
     if args.trajectories and not hasattr(make_env(task.env_id, task.env_kwargs).unwrapped, "model"):
         fail(f"--trajectories: {task.env_id} has no MuJoCo model")
@@ -627,7 +627,7 @@ def summary(record: dict) -> str:
     error = f"alignment RMSE {record['alignment_rmse']:.2f}, " if "alignment_rmse" in record else ""
     if "absolute_error" in record:
         share = record["absolute_error_of_range"]
-        share = "" if share is None else f" ({share:.1%} of their range)"
+        share = "" if share is None else f" ({share:.1%} of the targets' range)"
         error += f"absolute error {record['absolute_error']:.0f}{share}, "
     high = (f"{row['score_mean']:.1f} at target {row['target_return']:g}" for row in record["high_targets"])
     return f"{record['checkpoint']}: {error}score {', '.join(high)}"
@@ -693,7 +693,7 @@ def policy_path(args, default: str) -> Path:
     path = Path(args.runs_dir) / f"{env}__{args.exp_name}__{args.seed}" / "policy.pt"
     if not os.path.lexists(path):
         there = ", ".join(sorted(p.parent.name for p in Path(args.runs_dir).glob("*/policy.pt"))) or "none"
-        fail(f"no policy at {path}; runs there: {there}")
+        fail(f"no policy at {path}; train it first; runs there: {there}")
     return path
 
 
@@ -956,7 +956,7 @@ def load_checkpoint(path: Path, *stages: str) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True)
         stage, version = content["stage"], content["format"]
         if stage not in stages or version != FORMAT:
-            other = "; another version wrote it: use that one, or remove it" * (stage in stages)
+            other = "; another version wrote it: use that version, or remove the file" * (stage in stages)
             fail(f"{path}: of {stage:.40s}.py in format {version:d}, not of {stages[0]}.py in {FORMAT}{other}")
         return content
     except OSError as error:
@@ -977,7 +977,7 @@ CONFIG = dict[str, PLAIN | tuple[PLAIN, ...]]  # a checkpoint's configuration
 
 
 def fits(x, hint) -> bool:
-    """Whether a value read from a file has a type of plain data: float takes int; NaN and infinity are no numbers."""
+    """Whether a value read from a file has the plain type `hint`: an int is a float, too; NaN and infinity are not."""
     kind, args = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(hint, type(PLAIN)):
         return any(fits(x, arg) for arg in args)
@@ -1012,7 +1012,7 @@ def check_same(found, expected, name: str) -> None:
         if not plain or not found.is_contiguous() or not found.isfinite().all():  # a view could be larger than the file
             raise ValueError(f"{name} has another shape or type, or is not finite")
     elif type(found) is not type(expected) or found != expected:
-        raise ValueError(f"{name} is another")
+        raise ValueError(f"{name} differs")
 
 
 def check_args(args, lowest: dict) -> None:
@@ -1039,7 +1039,9 @@ def pick_device(name: str) -> torch.device:
 
 # ======== shared: environment ========
 def make_env(env_id: str, kwargs: dict | None = None, sizes: tuple[int, int] | None = None):
-    """Gymnasium's environment without time limit: vector observations, actions in [-1, 1], of `sizes`. Else exits 2."""
+    """Gymnasium's environment without time limit: vector observations, actions in [-1, 1]. Exits 2 otherwise, and
+    where the environment's (obs_dim, act_dim) are not `sizes`; Ant-v4 may be D4RL's (111, 8).
+    """
     if "mujoco" not in sys.modules:  # make_renderer imports it first: nothing will be rendered, so look for no OpenGL
         os.environ["MUJOCO_GL"] = "disable"
     import mujoco
@@ -1064,9 +1066,9 @@ def make_env(env_id: str, kwargs: dict | None = None, sizes: tuple[int, int] | N
             env = gymnasium.make(env_id, max_episode_steps=-1, disable_env_checker=True, **(kwargs or {}))
         if isinstance(env.observation_space, gymnasium.spaces.Dict):
             env = gymnasium.wrappers.FlattenObservation(env)
-        low, high = env.action_space.low, env.action_space.high
+        low, high = (np.asarray(getattr(env.action_space, name, np.nan)) for name in ("low", "high"))
         if len(env.observation_space.shape) != 1 or low.ndim != 1 or not np.isfinite([low, high]).all():
-            raise ValueError("observations must be numbers, and actions a bounded vector")
+            raise ValueError("observations must be a vector, and actions a bounded vector")
         found, padded = env.observation_space.shape + low.shape, ("Ant-v4", False, (111, 8))  # by D4RL, with zeros
         if sizes not in (None, found) and (env_id, bool(kwargs), sizes) != padded:
             raise ValueError(f"obs_dim and act_dim are {found}, not {sizes}")

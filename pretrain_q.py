@@ -51,7 +51,7 @@ Files = Annotated[tuple[str, ...], BY_DATA]
 class Args:
     env: str = "hopper-mini"  # a D4RL name, your own data's <body>-<quality>-<tag>, or a Minari id (README, "Data")
     seed: int = 1  # seed of the initial weights and the batches
-    dataset_path: Files = ()  # HDF5 files to use instead, in D4RL's or Minari's layout; they are concatenated
+    dataset_path: Files = ()  # HDF5 files in D4RL's or Minari's layout to use as --env's data; they are concatenated
     runs_dir: str = "runs"  # folder of all runs
     exp_name: str = "pretrain_q"  # the run folder is <runs-dir>/<env>__<exp-name>__<seed>
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to train; auto takes CUDA if there is one
@@ -90,8 +90,8 @@ def resolve(args: Args, task: "Task", device: torch.device) -> Args:
     args = valid(replace, args, device=device.type, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
     if args.warm_start_steps is None:
         # Q' climbs to its level with time constant 1 / (tau per step (1 - gamma)): 40,000 steps. A SARSA run shorter
-        # than three of them begins with regression: in few steps of SARSA, min_m of two critics that still disagree
-        # costs level (measured: 257 fell to 220 in 15,000 steps).
+        # than three of them begins with regression: in so few steps, min_m of two critics that still disagree keeps Q
+        # too low (measured: 257 fell to 220 in 15,000 steps).
         too_short = args.method == "sarsa" and args.total_steps < 3 * TARGET_EVERY / (TAU * (1 - args.gamma))
         args = replace(args, warm_start_steps=args.total_steps * 9 // 10 if too_short else 0)
     return args
@@ -118,7 +118,7 @@ class Task:
     targets: tuple[float, ...]  # high target returns to report a score at
     sweep: tuple[float, ...]  # target returns of stage 3's sweep; (): the data's own returns
     reward_shift: float  # AntMaze: the critic sees r - 1, as in IQL
-    label: str  # how plots, logs and JSON call the data
+    label: str  # what plots, logs and JSON call the data
     is_d4rl: bool
     digest: str  # of the arrays
     sources: list  # the files: name, size, time, sha256
@@ -257,7 +257,7 @@ def sarsa_target(target_critic: Ensemble, data: Transitions, i: torch.Tensor) ->
 
 
 def return_target(target_critic: Ensemble, data: Transitions, i: torch.Tensor) -> torch.Tensor:
-    """The discounted return-to-go of rows i (B,), continued by min_m Q'_m of the last transition after a timeout."""
+    """The discounted return-to-go of rows i (B,); where a timeout cut it, min_m Q'_m stands in from the last row on."""
     last = data.ends[i] - 1
     q_last = target_critic(data.obs[last], data.act[last]).amin(dim=0)
     return data.returns[i] + data.to_last[i] * ~data.terminal[last] * (q_last - data.reward[last])
@@ -368,7 +368,7 @@ def main() -> None:
     folder = run_folder(args, args.exp_name)
     data = Transitions(dataset, device, args.gamma)
     if not len(data.usable):
-        fail(f"{task.label}: no transition with a successor or a terminal in it; the critic needs longer episodes")
+        fail(f"{task.label}: no transition has a successor or is a terminal; the critic needs longer episodes")
 
     with claim(folder, wait=True):  # runs of one seed share it
         learner, done = Pretraining(task, data, args), Progress()
@@ -486,7 +486,7 @@ def load_checkpoint(path: Path, *stages: str) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True)
         stage, version = content["stage"], content["format"]
         if stage not in stages or version != FORMAT:
-            other = "; another version wrote it: use that one, or remove it" * (stage in stages)
+            other = "; another version wrote it: use that version, or remove the file" * (stage in stages)
             fail(f"{path}: of {stage:.40s}.py in format {version:d}, not of {stages[0]}.py in {FORMAT}{other}")
         return content
     except OSError as error:
@@ -507,7 +507,7 @@ CONFIG = dict[str, PLAIN | tuple[PLAIN, ...]]  # a checkpoint's configuration
 
 
 def fits(x, hint) -> bool:
-    """Whether a value read from a file has a type of plain data: float takes int; NaN and infinity are no numbers."""
+    """Whether a value read from a file has the plain type `hint`: an int is a float, too; NaN and infinity are not."""
     kind, args = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(hint, type(PLAIN)):
         return any(fits(x, arg) for arg in args)
@@ -542,7 +542,7 @@ def check_same(found, expected, name: str) -> None:
         if not plain or not found.is_contiguous() or not found.isfinite().all():  # a view could be larger than the file
             raise ValueError(f"{name} has another shape or type, or is not finite")
     elif type(found) is not type(expected) or found != expected:
-        raise ValueError(f"{name} is another")
+        raise ValueError(f"{name} differs")
 
 
 def check_args(args, lowest: dict) -> None:
@@ -573,7 +573,7 @@ def run_folder(args, exp_name: str) -> Path:
 
 
 def valid(make, *args, **values):
-    """make(*args, **values), where a flag may not fit the other values of a preset: then one line, and exit 2."""
+    """make(*args, **values); exits 2 on its ValueError, as of a flag that does not fit the preset's other values."""
     try:
         return make(*args, **values)
     except ValueError as error:
@@ -601,9 +601,11 @@ def claim(folder: Path, wait: bool = False):
             yield
         except BaseException as error:
             path = folder / "resume.pt"
-            saved = f"{path} is the last good state" if path.exists() else "nothing was saved"
+            saved, then = f"{path} is the last good state", "the same command continues"
+            if not path.exists():
+                saved, then = "nothing was saved", "the same command starts anew"
             ruined = isinstance(error, FloatingPointError)  # and would be again
-            error.add_note(saved if ruined else f"{saved}; the same command continues")
+            error.add_note(saved if ruined else f"{saved}; {then}")
             raise
 
 

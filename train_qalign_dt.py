@@ -2,8 +2,8 @@
 
     python train_qalign_dt.py --env hopper-medium-v2
 
-Equations, tables and appendices are those of "Return-to-Go Is More Than a Number" (ICML 2026), "the release" is its
-authors' code:
+Equations, tables and appendices are those of "Return-to-Go Is More Than a Number" (ICML 2026); "the release" is its
+authors' code. What is where:
 
     shift_rtg          Eq. 2   all return-to-go (RTG) tokens of a window are moved by one scalar
     critic_loss        Eq. 7   TD targets take the target policy's action at an RTG raised by Delta_RTG
@@ -60,7 +60,7 @@ Files = Annotated[tuple[str, ...], BY_DATA]
 class Args:
     env: str = "hopper-mini"  # a D4RL name, your own data's <body>-<quality>-<tag>, or a Minari id (README, "Data")
     seed: int = 1  # seed of the initial weights, the windows, the perturbations and the evaluation episodes
-    dataset_path: Files = ()  # HDF5 files to use instead, in D4RL's or Minari's layout; they are concatenated
+    dataset_path: Files = ()  # HDF5 files in D4RL's or Minari's layout to use as --env's data; they are concatenated
     runs_dir: str = "runs"  # folder of all runs
     exp_name: str = "train_qalign_dt"  # the run folder is <runs-dir>/<env>__<exp-name>__<seed>
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to train; auto takes CUDA if there is one
@@ -85,7 +85,7 @@ class Args:
     actor_lr: Float = None  # Adam learning rate of the policy, with L2 1e-4 (default: 3e-4; small: 1e-3)
 
     # weight of the alignment loss, Eq. 6; 0: no critic (default: Table D.8, for -v2 names and AntMaze; other data:
-    # 100, its value for AntMaze; for both, Q is first divided by its mean |min Q| over the data)
+    # 100, its value for AntMaze; AntMaze and other data first divide Q by its mean |min Q| over the data)
     lambda_e: Float = None
     # std of Eq. 5's delta, in normalised RTG (default: Table D.8; other data: 3 times the range of its RTGs)
     sigma_e: Float = None
@@ -93,7 +93,7 @@ class Args:
     delta_rtg: Float = None
     # bounds of a shifted window's first RTG, normalised (default: the release's for D4RL data, else the data's own)
     rtg_range: Annotated[tuple[float, float] | None, BY_DATA] = None
-    # ours: Eq. 5 pushes the actions at most this multiple of imitation's pull (default: 0, no limit; other data: 0.3)
+    # ours: limit on Eq. 5's push on the actions, as a multiple of imitation's pull (default: 0, none; other data: 0.3)
     max_push: Float = None
     # ours: std of the noise on the actions in Eq. 5, in units of the policy's RMS error (default: 0; other data: 0.3)
     action_noise: Float = None
@@ -107,7 +107,7 @@ class Args:
     update_q: bool = True  # co-train the critic; --no-update-q keeps stage 1's (Table E.10)
     q_noise: float = 0.0  # std sigma_n, in raw Q units, of the noise added to the target critic (Table E.13)
 
-    # gradient steps between evaluations at high targets, from before the first; 0: never (default: a tenth of the run)
+    # gradient steps between evaluations at high targets, the first before training; 0: never (default: a tenth of them)
     eval_every: Int = None
     eval_rollouts: int = 5  # episodes per target return in those evaluations
 
@@ -206,7 +206,7 @@ class Task:
     targets: tuple[float, ...]  # high target returns to report a score at
     sweep: tuple[float, ...]  # target returns of stage 3's sweep; (): the data's own returns
     reward_shift: float  # AntMaze: the critic sees r - 1, as in IQL
-    label: str  # how plots, logs and JSON call the data
+    label: str  # what plots, logs and JSON call the data
     is_d4rl: bool
     digest: str  # of the arrays
     sources: list  # the files: name, size, time, sha256
@@ -478,7 +478,7 @@ def critic_target(batch: Batch, q_raised, gamma: float):
     """Eq. 7's y_i = r_i + gamma q_{i+1} (it omits 1 - terminal_i), and the mask of the steps where it is defined.
 
     q_raised (B, K): min_m Q'_m(s_i, a'_i) at every step of the window -> y (B, K), mask (B, K). A window's last step
-    has no s_{i+1} in it, so it counts only as a true terminal.
+    has no s_{i+1} in it, so it counts only where it is a true terminal.
     """
     y = batch.reward + gamma * ~batch.terminal * F.pad(q_raised[:, 1:], (0, 1))
     K = batch.valid.shape[1]
@@ -509,7 +509,7 @@ def supervised_loss(a_hat, s_hat, batch: Batch):
 def alignment_loss(q_shifted, q, sign, valid, kind: str):
     """L_align, Eq. 5: a penalty where Q moved against the shift of the RTG. Also returns the share of such steps.
 
-    q_shifted, q (2, B, K): Q_m at the answers to the shifted and to the clean windows; sign (B, 1): of the shift.
+    q_shifted, q (2, B, K): Q_m at the policy's actions in the shifted and the clean windows; sign (B, 1): the shift's.
     Eq. 5 sums over the steps for one Q; the mean, and how two critics are combined, are the release's.
     """
     violation = -sign * (q_shifted - q.detach())  # (2, B, K)
@@ -525,7 +525,7 @@ def alignment_loss(q_shifted, q, sign, valid, kind: str):
 def limit_push(a_shifted, a_hat, batch: Batch, ratio: float) -> None:
     """Not the paper's: limit the norm of the gradient that reaches a_shifted (B, K, act_dim), which is Eq. 5's.
 
-    It is at most ratio times that of the action loss's gradient by a_hat: Q's slope, lambda_e and the share of violated
+    It is at most ratio times that of the action loss's gradient in a_hat: Q's slope, lambda_e and the share of violated
     steps no longer decide whether the policy still imitates.
     """
     with torch.no_grad():
@@ -565,7 +565,7 @@ def actor_loss(policy, critic, batch: Batch, q_scale: float, config: Config, gen
             limit_push(a_shifted, a_hat, batch, config.max_push)
         with torch.no_grad():
             q = critic(batch.obs, a_base)
-        critic.requires_grad_(False)  # Eq. 5 differentiates Q by the action a_shifted only, not by its own weights
+        critic.requires_grad_(False)  # Eq. 5 differentiates Q in the action a_shifted only, not in its own weights
         q_shifted = critic(batch.obs, a_plus)
         critic.requires_grad_(True)
         sign = applied.sign()
@@ -899,7 +899,7 @@ def load_checkpoint(path: Path, *stages: str) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True)
         stage, version = content["stage"], content["format"]
         if stage not in stages or version != FORMAT:
-            other = "; another version wrote it: use that one, or remove it" * (stage in stages)
+            other = "; another version wrote it: use that version, or remove the file" * (stage in stages)
             fail(f"{path}: of {stage:.40s}.py in format {version:d}, not of {stages[0]}.py in {FORMAT}{other}")
         return content
     except OSError as error:
@@ -920,7 +920,7 @@ CONFIG = dict[str, PLAIN | tuple[PLAIN, ...]]  # a checkpoint's configuration
 
 
 def fits(x, hint) -> bool:
-    """Whether a value read from a file has a type of plain data: float takes int; NaN and infinity are no numbers."""
+    """Whether a value read from a file has the plain type `hint`: an int is a float, too; NaN and infinity are not."""
     kind, args = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(hint, type(PLAIN)):
         return any(fits(x, arg) for arg in args)
@@ -955,7 +955,7 @@ def check_same(found, expected, name: str) -> None:
         if not plain or not found.is_contiguous() or not found.isfinite().all():  # a view could be larger than the file
             raise ValueError(f"{name} has another shape or type, or is not finite")
     elif type(found) is not type(expected) or found != expected:
-        raise ValueError(f"{name} is another")
+        raise ValueError(f"{name} differs")
 
 
 def check_args(args, lowest: dict) -> None:
@@ -986,7 +986,7 @@ def run_folder(args, exp_name: str) -> Path:
 
 
 def valid(make, *args, **values):
-    """make(*args, **values), where a flag may not fit the other values of a preset: then one line, and exit 2."""
+    """make(*args, **values); exits 2 on its ValueError, as of a flag that does not fit the preset's other values."""
     try:
         return make(*args, **values)
     except ValueError as error:
@@ -1014,9 +1014,11 @@ def claim(folder: Path, wait: bool = False):
             yield
         except BaseException as error:
             path = folder / "resume.pt"
-            saved = f"{path} is the last good state" if path.exists() else "nothing was saved"
+            saved, then = f"{path} is the last good state", "the same command continues"
+            if not path.exists():
+                saved, then = "nothing was saved", "the same command starts anew"
             ruined = isinstance(error, FloatingPointError)  # and would be again
-            error.add_note(saved if ruined else f"{saved}; the same command continues")
+            error.add_note(saved if ruined else f"{saved}; {then}")
             raise
 
 
@@ -1143,14 +1145,16 @@ def saved_bf16(folder: Path, stage: str, precision: str, ours: bool) -> bool:
     for path in (folder / "resume.pt", folder / "policy.pt") if precision == "auto" else ():
         config = load_checkpoint(path, stage).get("config") if os.path.lexists(path) else None
         if isinstance(config, dict) and config.get("bf16") is (not ours):
-            print(f"{path} began with {'float32' if ours else 'bfloat16'} blocks, and so it continues")
+            print(f"{path}: the run began with {'float32' if ours else 'bfloat16'} blocks and continues with them")
             return not ours
     return ours
 
 
 # ======== shared: environment ========
 def make_env(env_id: str, kwargs: dict | None = None, sizes: tuple[int, int] | None = None):
-    """Gymnasium's environment without time limit: vector observations, actions in [-1, 1], of `sizes`. Else exits 2."""
+    """Gymnasium's environment without time limit: vector observations, actions in [-1, 1]. Exits 2 otherwise, and
+    where the environment's (obs_dim, act_dim) are not `sizes`; Ant-v4 may be D4RL's (111, 8).
+    """
     if "mujoco" not in sys.modules:  # make_renderer imports it first: nothing will be rendered, so look for no OpenGL
         os.environ["MUJOCO_GL"] = "disable"
     import mujoco
@@ -1175,9 +1179,9 @@ def make_env(env_id: str, kwargs: dict | None = None, sizes: tuple[int, int] | N
             env = gymnasium.make(env_id, max_episode_steps=-1, disable_env_checker=True, **(kwargs or {}))
         if isinstance(env.observation_space, gymnasium.spaces.Dict):
             env = gymnasium.wrappers.FlattenObservation(env)
-        low, high = env.action_space.low, env.action_space.high
+        low, high = (np.asarray(getattr(env.action_space, name, np.nan)) for name in ("low", "high"))
         if len(env.observation_space.shape) != 1 or low.ndim != 1 or not np.isfinite([low, high]).all():
-            raise ValueError("observations must be numbers, and actions a bounded vector")
+            raise ValueError("observations must be a vector, and actions a bounded vector")
         found, padded = env.observation_space.shape + low.shape, ("Ant-v4", False, (111, 8))  # by D4RL, with zeros
         if sizes not in (None, found) and (env_id, bool(kwargs), sizes) != padded:
             raise ValueError(f"obs_dim and act_dim are {found}, not {sizes}")

@@ -11,8 +11,8 @@ trained on HalfCheetah's return and is not trained further; only its return-to-g
     training_reward   what the RTG falls by: v_t + c_t, the kind of reward that the policy was trained on
 
 Reads a policy.pt; writes transfer.json, .csv and .png beside it: return, realised velocity and tracking error per
-target velocity (of every step, where the gait counts, and of an episode's mean velocity), and the return of standing
-still. --video adds a GIF.
+target velocity (of every step, gait included, and of an episode's mean velocity), and the return of standing still.
+--video adds a GIF.
 """
 
 import csv
@@ -97,7 +97,7 @@ class Task:
     targets: tuple[float, ...]  # high target returns to report a score at
     sweep: tuple[float, ...]  # target returns of stage 3's sweep; (): the data's own returns
     reward_shift: float  # AntMaze: the critic sees r - 1, as in IQL
-    label: str  # how plots, logs and JSON call the data
+    label: str  # what plots, logs and JSON call the data
     is_d4rl: bool
     digest: str  # of the arrays
     sources: list  # the files: name, size, time, sha256
@@ -229,7 +229,7 @@ class Rollouts(NamedTuple):
     returns: np.ndarray  # (n,) raw
     lengths: np.ndarray  # (n,)
     rewards: np.ndarray  # (n, T)
-    velocities: np.ndarray  # (n, T) forward, m/s; NaN where no MuJoCo model says
+    velocities: np.ndarray  # (n, T) forward, m/s; NaN without a MuJoCo model; T: the horizon in steps
     first_obs: torch.Tensor  # (n, obs_dim) standardised
     first_act: torch.Tensor  # (n, act_dim)
     qpos: np.ndarray | None  # (n, T, nq) MuJoCo's positions after each step, if asked for
@@ -504,7 +504,7 @@ def policy_path(args, default: str) -> Path:
     path = Path(args.runs_dir) / f"{env}__{args.exp_name}__{args.seed}" / "policy.pt"
     if not os.path.lexists(path):
         there = ", ".join(sorted(p.parent.name for p in Path(args.runs_dir).glob("*/policy.pt"))) or "none"
-        fail(f"no policy at {path}; runs there: {there}")
+        fail(f"no policy at {path}; train it first; runs there: {there}")
     return path
 
 
@@ -709,7 +709,7 @@ def load_checkpoint(path: Path, *stages: str) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True)
         stage, version = content["stage"], content["format"]
         if stage not in stages or version != FORMAT:
-            other = "; another version wrote it: use that one, or remove it" * (stage in stages)
+            other = "; another version wrote it: use that version, or remove the file" * (stage in stages)
             fail(f"{path}: of {stage:.40s}.py in format {version:d}, not of {stages[0]}.py in {FORMAT}{other}")
         return content
     except OSError as error:
@@ -730,7 +730,7 @@ CONFIG = dict[str, PLAIN | tuple[PLAIN, ...]]  # a checkpoint's configuration
 
 
 def fits(x, hint) -> bool:
-    """Whether a value read from a file has a type of plain data: float takes int; NaN and infinity are no numbers."""
+    """Whether a value read from a file has the plain type `hint`: an int is a float, too; NaN and infinity are not."""
     kind, args = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(hint, type(PLAIN)):
         return any(fits(x, arg) for arg in args)
@@ -765,7 +765,7 @@ def check_same(found, expected, name: str) -> None:
         if not plain or not found.is_contiguous() or not found.isfinite().all():  # a view could be larger than the file
             raise ValueError(f"{name} has another shape or type, or is not finite")
     elif type(found) is not type(expected) or found != expected:
-        raise ValueError(f"{name} is another")
+        raise ValueError(f"{name} differs")
 
 
 def check_args(args, lowest: dict) -> None:
@@ -792,7 +792,9 @@ def pick_device(name: str) -> torch.device:
 
 # ======== shared: environment ========
 def make_env(env_id: str, kwargs: dict | None = None, sizes: tuple[int, int] | None = None):
-    """Gymnasium's environment without time limit: vector observations, actions in [-1, 1], of `sizes`. Else exits 2."""
+    """Gymnasium's environment without time limit: vector observations, actions in [-1, 1]. Exits 2 otherwise, and
+    where the environment's (obs_dim, act_dim) are not `sizes`; Ant-v4 may be D4RL's (111, 8).
+    """
     if "mujoco" not in sys.modules:  # make_renderer imports it first: nothing will be rendered, so look for no OpenGL
         os.environ["MUJOCO_GL"] = "disable"
     import mujoco
@@ -817,9 +819,9 @@ def make_env(env_id: str, kwargs: dict | None = None, sizes: tuple[int, int] | N
             env = gymnasium.make(env_id, max_episode_steps=-1, disable_env_checker=True, **(kwargs or {}))
         if isinstance(env.observation_space, gymnasium.spaces.Dict):
             env = gymnasium.wrappers.FlattenObservation(env)
-        low, high = env.action_space.low, env.action_space.high
+        low, high = (np.asarray(getattr(env.action_space, name, np.nan)) for name in ("low", "high"))
         if len(env.observation_space.shape) != 1 or low.ndim != 1 or not np.isfinite([low, high]).all():
-            raise ValueError("observations must be numbers, and actions a bounded vector")
+            raise ValueError("observations must be a vector, and actions a bounded vector")
         found, padded = env.observation_space.shape + low.shape, ("Ant-v4", False, (111, 8))  # by D4RL, with zeros
         if sizes not in (None, found) and (env_id, bool(kwargs), sizes) != padded:
             raise ValueError(f"obs_dim and act_dim are {found}, not {sizes}")

@@ -57,7 +57,7 @@ class Args(RunArgs):
     # arithmetic of the transformer's blocks; auto: bf16 where the hardware has it. All else is always float32
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     # stage 1's critic.pt to start from (default: the one of this env and seed, trained if it is missing); none: random
-    # weights, as the release
+    # weights, as in the release
     critic: Str = ""
 
     # gradient steps; both learning rates fall to 0 over them (default: 100,000; small: 5,000)
@@ -93,7 +93,7 @@ class Config(Args):
     max_timestep: int = 1000  # entries of the timestep embedding
     max_grad_norm: float = 15.0  # of both networks
     best_return: float = 0.0  # of the data, raw
-    method: str = "QT"  # how tables and figures call it
+    method: str = "QT"  # what tables and figures call it
 
 
 PAPER = dict(total_steps=100_000, embed_dim=256, n_layer=4, n_head=4, context_len=20, batch_size=256)
@@ -259,7 +259,7 @@ class Training:
 
 
 class Candidates(nn.Module):
-    """QT at test time: one action per candidate return, of which Q chooses one; the request matters as history only.
+    """QT at test time: one action per candidate return, of which Q chooses one, whatever return is requested.
 
     offsets (m,): candidate returns minus the requested one, normalised. All candidates share the executed actions and
     lose the real rewards, so each one's RTG history is the given one plus its offset. draw: by a softmax of Q.

@@ -99,7 +99,7 @@ class Args(RunArgs):
     context_len: Int = None  # K, the window length in environment steps (default: 20; small: 10)
     batch_size: Int = None  # windows per gradient step (default: 64; antmaze: 256)
     lr: Float = None  # AdamW learning rate after the warm-up (default: 1e-4; small: 1e-3)
-    warmup_steps: Int = None  # gradient steps in which it rises from 0 (default: 10,000; small: 500)
+    warmup_steps: Int = None  # gradient steps in which --lr rises from 0 (default: 10,000; small: 500)
 
     seqra: bool = True  # cross-attention to the returns
     stepra: bool = True  # return-dependent LayerNorms; without, they have weights of their own
@@ -118,7 +118,7 @@ class Config(Args):
     """Args with every default resolved; checkpoints hold it."""
 
     max_timestep: int = 1000  # rows of the timestep table
-    method: str = "RADT"  # how tables and figures call it
+    method: str = "RADT"  # what tables and figures call it
 
 
 PAPER = dict(total_steps=100_000, embed_dim=128, n_layer=3, n_head=1, context_len=20, batch_size=64)
@@ -330,7 +330,7 @@ def main() -> None:
 # ---- a run of this script, and of train_vdt.py, train_qt.py and train_rvdt.py
 
 
-# of a configuration: they change no result
+# of a configuration: they change no result (--precision does, but as bf16, which counts)
 NOT_OF_THE_RUN = ("dataset_path", "runs_dir", "preset", "track", "checkpoint_minutes", "precision")
 
 

@@ -14,7 +14,7 @@ alone, and towards higher Q as QT is:
 The poster's variants by flags: RDT is --eta 0; DT --eta 0 --rebalance none --std none; DT-Dup --eta 0 --rebalance dup;
 QT --rebalance none --std none; VDT (in this poster's sense) --rebalance none; RVDT-Dup --rebalance dup; RVDT-Determ
 --std none. None of them has a state loss, so "QT" is not quite train_qt.py's. "The release" is a fork of QT by one of
-the authors, chufanchen/QT. Ours: the fixed Gaussian stands around tanh(mu), the expert serves without dropout.
+the authors, chufanchen/QT. Ours: the fixed Gaussian is centred on tanh(mu), the expert is used without dropout.
 
 With a fixed std the KL term is a weighted likelihood (the poster's Proposition): where the expert is D_e's conditional
 mean, its gradient is on average that of counting D_e's steps 1 + alpha / p times, p their share of all steps.
@@ -56,7 +56,7 @@ class Args(QTArgs):
     alpha: float = 1.0  # weight of the KL term
     alpha_w: float = 4.0  # weight, dup: how much more a step of the best trajectories counts
     expert_fraction: float = 0.1  # share of all time steps that the best trajectories may have
-    # of the policy: sigma = 0.1; learned, squashed by tanh; or none, a deterministic policy
+    # std of the policy: 0.1; learned, its actions squashed by tanh; or none, a deterministic policy
     std: Literal["fixed", "learned", "none"] = "fixed"
     expert_steps: int = 20_000  # gradient steps of the expert at most
 
@@ -76,7 +76,7 @@ class Config(Args):
     dropout: float = 0.1  # of the policy in training; small: 0
     max_timestep: int = 1000  # entries of the timestep embedding
     max_grad_norm: float = 15.0  # of both networks
-    method: str = "RVDT"  # how tables and figures call it
+    method: str = "RVDT"  # what tables and figures call it
 
 
 SIGMA = 0.1  # the fixed std
@@ -140,7 +140,7 @@ class Gaussian(Policy):
 
 
 def distribution(mu, free):
-    """Mean and std from a network's outputs; free: of the std, None where it is fixed."""
+    """Mean and std from a network's outputs (..., A); free: the std's, before its bounds; None: it is SIGMA."""
     if free is None:
         return torch.tanh(mu), torch.full_like(mu, SIGMA)
     return mu, torch.exp(-5 + 3.5 * (torch.tanh(free) + 1))

@@ -66,13 +66,13 @@ class Args(RunArgs):
     actor_lr: Float = None  # Adam learning rate of the policy, cosine to 0 (default: 3e-4; small: 1e-3)
 
     value_steps: Int = None  # gradient steps of Q and V (default: 1,000,000; small: 10,000)
-    # so many of them take whole discounted returns as targets, as n = infinity does (default: 0; small: 9,000)
+    # the first of --value-steps, whose targets are whole discounted returns, as n = infinity (default: 0; small: 9,000)
     warm_start_steps: Int = None
     critic_width: Int = None  # hidden width of Q and V (default: 256; small: 128)
     n_step: int = 5  # n of Q's targets
     expectile: Float = None  # epsilon of V (default: 0.7; AntMaze: 0.9)
     gamma: float = 0.99  # discount of Q and V
-    # of the weights exp(eta * advantage); 0: none, as in Table 3 (default: 3, IQL's; small: 0.3)
+    # eta of the imitation's weights exp(eta * advantage); 0: none, as in Table 3 (default: 3, IQL's; small: 0.3)
     eta: Float = None
     q_weight: float = 1.0  # lambda, the weight of the Q term; 0: none (Table 3)
     # gradient steps of the environment model, which only `--inference plan` uses (default: 50,000; small: 5,000)
@@ -96,7 +96,7 @@ class Config(Args):
     max_timestep: int = 1000  # entries of the timestep embedding
     reward_scale: float = 1.0  # of the rewards that Q and V see: only so does eta mean the same for every task
     best_return: float = 0.0  # of the data, raw: the planner's candidates are multiples of it
-    method: str = "VDT"  # how tables and figures call it
+    method: str = "VDT"  # what tables and figures call it
 
 
 PAPER = dict(total_steps=100_000, embed_dim=256, n_layer=6, n_head=4, context_len=20, batch_size=256, actor_lr=3e-4)

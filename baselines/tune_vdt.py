@@ -291,7 +291,7 @@ def tuned_config(path: Path, content: dict, args: Args, offline) -> Config:
         if found["data"] != offline.task.digest:
             fail(f"{path} was trained on {there['label']}, not on {offline.task.label}; --dataset-path?")
         if not is_vdt and found["lambda_e"] > 0:
-            fail(f"{path}: of Q-Align DT; VDT's tuning knows its own policies and DTs (--lambda-e 0)")
+            fail(f"{path}: a policy of Q-Align DT; only VDT's own policies and DTs (--lambda-e 0) can be tuned")
         check_same(content["policy"], make_policy(offline.task, found, False).state_dict(), "policy")
         if is_vdt:
             obs_dim, act_dim, width = offline.task.obs_dim, offline.task.act_dim, found["critic_width"]

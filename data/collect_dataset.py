@@ -3,7 +3,7 @@
     python data/collect_dataset.py --env-id Hopper-v4
 
 Trains soft actor-critic (SAC, Haarnoja et al. 2018), one gradient step per environment step, keeps every evaluated
-policy, and records, as <body>-<quality>-local.hdf5 (mini: <body>-mini.hdf5), which other stages take as --env:
+policy, and records, as <body>-<quality>-local.hdf5 (mini: <body>-mini.hdf5; other stages take the name as --env):
     random         the untrained policy
     medium-replay  the replay buffer up to the medium policy
     medium         the first policy with a third of the expert's return (or --medium-return)
@@ -73,7 +73,7 @@ Quality = Literal["random", "medium-replay", "medium", "expert", "medium-expert"
 
 @dataclass(frozen=True)
 class Args:
-    env_id: str = "Hopper-v4"  # of Gymnasium; other stages' <body>-... are v4 of Hopper, HalfCheetah, Walker2d, Ant
+    env_id: str = "Hopper-v4"  # a Gymnasium id; v4 of Hopper, HalfCheetah, Walker2d, Ant are other stages' <body>-...
     seed: int = 1  # seed of the networks, the actions and the episodes
     # which files to write; the training is the same for all
     qualities: tuple[Quality, ...] = ("random", "medium-replay", "medium", "expert", "medium-expert")
@@ -116,7 +116,7 @@ D4RL_KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
 
 
 class Episodes:
-    """n environments, each playing one episode after the other; number k, as they begin, starts from first_seed + k."""
+    """n environments, each playing one episode after another; the k-th episode to begin has the seed first_seed + k."""
 
     def __init__(self, env_id: str, n: int, first_seed: int, keep_next: bool = False):
         try:
@@ -502,7 +502,7 @@ def describe(path: Path, rows: np.ndarray) -> None:
 
 
 def make_env(env_id: str):
-    """Gymnasium's environment as it is, without its known warnings, and MuJoCo's MUJOCO_LOG.TXT about them."""
+    """Gymnasium's environment as it is, without its known warnings and the MUJOCO_LOG.TXT that MuJoCo would write."""
     if "mujoco" not in sys.modules:  # nothing is rendered: look for no OpenGL
         os.environ["MUJOCO_GL"] = "disable"
     import mujoco

@@ -3,7 +3,7 @@
     python data/collect_maze2d.py maze2d-umaze-v1
 
 The driver takes the shortest path to a random place, with noise on every action, draws the next place, and drives on:
-one trajectory of a million steps, without resets. It passes the goal that is rewarded by chance only.
+one trajectory of a million steps, without resets. It passes the rewarded goal only by chance.
 
 Quirks of D4RL's script, which are kept:
     timeouts    the rows at which the driver arrived. The row after it repeats the observation, and the driver acts on

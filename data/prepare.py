@@ -177,7 +177,8 @@ def fetch(task: dict, path: Path) -> None:
         metadata = path.parent / "metadata.json"
         if metadata.is_file() and "arrow" in metadata.read_text(errors="replace"):
             fail(f"{path.parent} is stored as Arrow files; only Minari's HDF5 format is read: make the set again in it")
-        fail(f"{path} is missing: pip install 'minari[hdf5,hf]' && minari download {task['name']}")
+        how = f"pip install 'minari[hdf5,hf]' && minari download {task['name']}"
+        fail(f"{path} is missing: {how} (data of your own: --dataset-path FILE)")
     if not of_d4rl(task):
         fail(f"{path} is missing; give --dataset-path FILE, or make it with data/collect_dataset.py")
     url, tried = f"{D4RL_URL}/{d4rl_name(task)}", []
@@ -283,7 +284,7 @@ def read_array(f: h5py.Group, key: str) -> np.ndarray:
     """A plain array of numbers, stored in this very file; ValueError on anything else."""
     x = f.get(key) if isinstance(f, h5py.Group) else None
     if key == "observations" and isinstance(x, h5py.Group):
-        raise ValueError("observations are a dict, as in Minari's sets: --env D4RL/pointmaze/... is another task")
+        raise ValueError("observations are a dict: take the Minari set's id as --env, such as D4RL/pointmaze/umaze-v2")
     if x is None and key == "timeouts" and "terminals" in f:
         raise ValueError("no 'timeouts' (older D4RL files): add them, True where the time limit cut an episode")
     if not isinstance(x, h5py.Dataset) or x.is_virtual or x.dtype.kind not in "biuf" or x.shape is None:
@@ -378,11 +379,11 @@ def as_recorded(task: dict, path: Path, spec: dict) -> dict:
     if BODY_OF.get(found) == task["body"] and not kwargs:
         print(f"{path} was recorded in {found}, and is evaluated there")
         return task | dict(env_id=found)
-    fail(f"{path} was recorded in {found} {kwargs or ''}; --env {task['name']} is evaluated in {expected}")
+    fail(f"{path} was recorded in {found} {kwargs or ''}; --env {task['name']} is {expected}; take --env me/mine-v0")
 
 
 def generic(task: dict, path: Path, env_id: str | None, kwargs: dict, spec: dict) -> dict:
-    """The task of a Minari data set: environment, sizes and limit as its metadata and Gymnasium say."""
+    """The task of an --env with a slash: environment, sizes and limit as the file, its metadata and Gymnasium say."""
     if env_id is None:
         fail(f"{path} does not say in which environment it was recorded: set its attribute env_id, such as Pendulum-v1")
     env = make_env(env_id, kwargs)  # exits 2 on anything that is not Gymnasium's, ours or gymnasium_robotics'
@@ -440,8 +441,9 @@ def dataset(task: dict, paths: list[Path]) -> dict:
     parts = []
     for path in paths:
         found, arrays = read_hdf5(path, task)
-        if parts and (found["env_id"], found["env_kwargs"]) != (parts[0][0]["env_id"], parts[0][0]["env_kwargs"]):
-            fail(f"{path} was recorded in {found['env_id']}, {paths[0]} in {parts[0][0]['env_id']}")
+        ours, theirs = (f"{x['env_id']} {x['env_kwargs'] or ''}" for x in (found, parts[0][0] if parts else found))
+        if ours != theirs:
+            fail(f"{path} was recorded in {ours}, {paths[0]} in {theirs}; give files of one environment")
         parts.append((found, arrays))
     task = max((found for found, _ in parts), key=lambda found: found["horizon"])
     observations, actions, rewards, terminals, episode_end = map(np.concatenate, zip(*(arrays for _, arrays in parts)))
@@ -465,7 +467,7 @@ def dataset(task: dict, paths: list[Path]) -> dict:
 
 
 def content(task, observations, actions, rewards, terminals, ends, label: str, is_d4rl: bool, sources: list) -> dict:
-    """dataset.pt from NumPy arrays, with what is computed of them: horizon, returns, standardisation, digest."""
+    """dataset.pt from NumPy arrays, with what is computed from them: horizon, returns, standardisation, digest."""
     starts = np.concatenate([[0], ends[:-1]])
     returns, total = np.add.reduceat(rewards, starts, dtype=np.float64), np.cumsum(rewards, dtype=np.float64)
     to_go = total[np.repeat(ends, ends - starts) - 1] - total + rewards
@@ -474,7 +476,7 @@ def content(task, observations, actions, rewards, terminals, ends, label: str, i
     if not task.pop("horizon_is_recorded", False) and not is_d4rl and one and cut[0] < task["horizon"]:
         task["horizon"] = int(cut[0])
     if task["horizon"] != HORIZON and task["body"] != "maze2d":
-        print(f"{label}: episodes of at most {task['horizon']:,} steps, and so are the rollouts")
+        print(f"{label}: rollouts are episodes of at most {task['horizon']:,} steps")
     if (longest := int((ends - starts).max())) > task["horizon"]:
         print(f"warning: {label}: episodes of up to {longest:,} steps, rollouts of fewer", file=sys.stderr)
     if len(ends) > 1 and np.ptp(returns) == 0:
@@ -551,7 +553,7 @@ def prepare(env: str, dataset_path: tuple[str, ...] = (), runs_dir: str = "runs"
 def current(path: Path, paths: list[Path]) -> dict | None:
     """The content of dataset.pt if it holds the data of these files (none at hand: it is taken as it is).
 
-    None where they have changed. Exits 2 if it holds other data, or if runs of the unchanged data are in the folder.
+    None where they have changed. Exits 2 if it holds other data, or if runs made from the old data are in the folder.
     """
     content = load_checkpoint(path, "prepare")
     try:

@@ -6,11 +6,11 @@ For the last step of random windows, in ten groups of equal size by timestep:
 
     slope, range     how Q(s, a_hat) moves with the RTG: per 1,000 of return, and from the lowest RTG to the highest
     loss, chance     the alignment loss, and the share of it that is gone without dropout and without noise on actions
-    force            norm of the alignment loss's gradient by the actions, over that of the action loss's; no max_push
-    off_data         rms distance of a_hat from the recorded action; off_high: from the answer to the highest RTG
-    gain             Q of the answer to the highest RTG minus Q of the recorded action: far above 0, Q is exploited
-    gradient         mean norm of dQ/da, and the cosine between the two critics'
-    disagree         |Q_1 - Q_2| at the recorded action; dis_high: at the answer to the highest RTG
+    force            norm of the alignment loss's gradient in the actions, over that of the action loss's; no max_push
+    off_data         rms distance of a_hat from the recorded action; off_high: from the action at the highest RTG
+    gain             Q of the action at the highest RTG minus Q of the recorded action: far above 0, Q is exploited
+    gradient, cosine mean norm of dQ/da, and the cosine between the two critics'
+    disagree         |Q_1 - Q_2| at the recorded action; dis_high: at the action at the highest RTG
 
 Reads dataset.pt of the checkpoint's runs folder, as stage 2 did. Writes diagnosis.json, .png and, for the first
 checkpoint, .csv beside it.
@@ -82,7 +82,7 @@ def measure(trained, critic, data, args: Args) -> list[dict]:
     try:
         q_scale = trained.content["q_scale"]
         if not (stage2.fits(q_scale, float) and q_scale > 0):
-            raise ValueError("q_scale")
+            raise ValueError("its q_scale is impossible")
         config = stage2.Config(**{k: v for k, v in trained.content["config"].items() if k in vars(stage2.Config())})
     except (KeyError, TypeError, ValueError) as error:
         stage2.fail(f"{trained.path}: not a whole checkpoint ({stage2.one_line(error)}); train it again")
@@ -142,6 +142,8 @@ def main() -> None:
     results = []
     for path in args.checkpoints:
         trained = stage3.load_policy(path, "fp32", torch.device("cpu"))
+        if trained.content["stage"] != stage2.STAGE:
+            stage2.fail(f"{path}: of {trained.content['stage']}.py; only policies of {stage2.STAGE}.py can be measured")
         critic = stage3.load_critic(trained)
         if critic is None:
             stage2.fail(f"{path}: trained without an alignment loss, so it has no critic to ask")

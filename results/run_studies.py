@@ -4,8 +4,8 @@
 
 The stage scripts train and sweep each variant per seed, as processes. Nothing finished is run again, what was killed
 resumes, a failing run stops no other. Writes records/<dataset>/<run>.json and studies/<dataset>/<study>.md, .csv, .png.
---list prints the commands, for other machines, after which the study without it writes its table; --ray sends them to
-a cluster.
+--list prints the commands, to be run on other machines; the same study without --list then writes its table. --ray
+sends them to a cluster.
 """
 
 import contextlib
@@ -243,7 +243,7 @@ class Run:
 
 
 def read_record(run: Run) -> dict | None:
-    """With what tables say of it; None if the run is not finished; ValueError on any other record: it would be lost."""
+    """A run's record and what tables say of it; None if there is none yet; ValueError if the file is another's."""
     if not os.path.lexists(run.record_file):
         return None
     try:
@@ -410,7 +410,10 @@ def perform_on_ray(runs: list[Run], args: Args) -> dict[str, dict]:
         fail("--ray needs Ray: pip install -r results/requirements-cluster.txt")
     host, _, port = args.ray.rpartition(":")
     if host:  # Ray itself would wait for ever where nobody answers
-        socket.create_connection((host, int(port)), timeout=10).close()
+        try:
+            socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10).close()
+        except (OSError, ValueError) as error:
+            fail(f"--ray {args.ray}: no cluster answers there ({error}); give auto, local, or host:port", code=1)
     ray.init(address=args.ray, log_to_driver=False, logging_level="error")
     task, refs = ray.remote(num_cpus=args.num_cpus, num_gpus=args.num_gpus)(execute), {}
     folders = {run.name: [str(folder) for folder, _ in run.stages.values()] for run in runs}
@@ -563,7 +566,7 @@ def standard_error(x) -> float:
 
 
 def compare(x: list[float], published: float | None = None, deviation: float = 0.0) -> str:
-    """Scores, one per seed, beside a published mean: within two errors of the difference they agree."""
+    """Scores, one per seed, beside a published mean: within two standard errors of the difference they agree."""
     if published is None or len(x) < 2:
         return "-"
     gap = np.mean(x) - published
@@ -597,8 +600,8 @@ def tabulate(table: str, args: Args, runs: dict[tuple[str, str, int], Run], reco
     missing = [run.name for run in runs.values() if run.name not in records]
     text = [
         f"# {table}: {CLAIMS[table]}\n",
-        "Here: the score of the last step at every high target, mean ± standard error over the seeds. Verdict: whether",
-        "that at the highest target is above or below the published mean by over two errors of their difference.",
+        "Here: the score after the last step at every high target, mean ± standard error over seeds. Verdict: whether",
+        "that at the highest target differs from the published mean by over two standard errors of the difference.",
         f"Published: {PUBLISHED[table]['source']}. More methods: published.json.\n",
         *([f"Missing: {', '.join(missing)}.\n"] if missing else []),
         *(f"| {' | '.join(row)} |" for row in rows),
@@ -632,12 +635,12 @@ def runs_of(study: str, args: Args) -> dict[tuple[str, str, int], Run]:
 def main() -> None:
     args = tyro.cli(Args, description=__doc__, config=(tyro.conf.DisallowNone,))
     if not args.studies or set(args.studies) - set(STUDIES):
-        fail(f"unknown study {' '.join(args.studies) or '(none named)'}: choose of {', '.join(STUDIES)}")
+        fail(f"unknown study {' '.join(args.studies) or '(none named)'}: choose from {', '.join(STUDIES)}")
     if args.workers < 0:
         fail(f"--workers {args.workers}: must be at least 0")
     known = {variant.exp_name for study in args.studies for variant in STUDIES[study]}
     if unknown := set(args.only) - known:
-        fail(f"--only {' '.join(sorted(unknown))}: choose of {', '.join(sorted(known))}")
+        fail(f"--only {' '.join(sorted(unknown))}: choose from {', '.join(sorted(known))}")
     for folder in (Path(args.runs_dir, "logs").absolute(), Path(args.results_dir, "records").absolute()):
         existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -648,7 +651,7 @@ def main() -> None:
         records = {name: record for name, run in every.items() if (record := read_record(run))}
     except ValueError as error:  # of shlex or read_record
         fail(f"{error}")
-    print(f"{'# ' * args.list}{len(every)} runs, {len(records)} of them finished before (another --results-dir: again)")
+    print(f"{'# ' * args.list}{len(every)} runs, {len(records)} of them finished before (again: another --results-dir)")
     missing = [run for name, run in every.items() if name not in records]
     if args.list:
         check(missing, args)

@@ -159,7 +159,7 @@ def test_antmaze_from_the_critic_to_the_success_rate(tmp_path, run_main, antmaze
     assert code == 0 and result["rollouts"] == 100 and not (folder / "alignment.json").exists(), err
     assert [row["target_return"] for row in result["high_targets"]] == [0.8, 0.9, 1.0, 100.0]
     code, _, err = run_main(stage3, "--env", name, "--runs-dir", tmp_path, "--trajectories")
-    assert code == 2 and err.count("\n") == 1 and "no RTG sweep" in err
+    assert code == 2 and err.count("\n") == 1 and "both need the RTG sweep" in err
 
 
 def test_the_score_is_100_times_the_success_rate(monkeypatch):

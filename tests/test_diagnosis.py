@@ -6,7 +6,8 @@ import shutil
 import diagnose_alignment as diagnosis
 import pytest
 import torch
-from conftest import ENV, data_of, write_hdf5
+import train_qt
+from conftest import ENV, argv, data_of, write_hdf5
 
 import evaluate_alignment as stage3
 import train_qalign_dt as stage2
@@ -91,6 +92,15 @@ def test_command_line(pipeline, hopper_file, run_main, tmp_path, monkeypatch):
             file.unlink(missing_ok=True)
     code, _, err = run_main(diagnosis, pipeline.dt, *flags)
     assert code == 2 and "without an alignment loss" in err and err.count("\n") == 1
+
+
+def test_another_methods_policy_is_one_line(run_main, hopper_file, tmp_path, monkeypatch):
+    """QT's has a critic, too."""
+    monkeypatch.setattr(diagnosis, "run", stage2.run, raising=False)
+    flags = ["--preset", "small", "--total-steps", 2, "--critic", "none", "--device", "cpu"]
+    assert run_main(train_qt, *argv(hopper_file, tmp_path, *flags))[0] == 0
+    code, _, err = run_main(diagnosis, tmp_path / f"{ENV}__train_qt__1" / "policy.pt")
+    assert code == 2 and err.count("\n") == 1 and "of train_qt.py; only policies of train_qalign_dt.py" in err
 
 
 @pytest.mark.parametrize("flags", [["--windows", 9], ["--windows", 10**30], ["--seed", -1], ["--seed", 10**40]])

@@ -136,7 +136,7 @@ def test_targets_go_in_steps_from_the_lowest_to_the_highest_return(capsys):
     assert stage3.target_returns(task, np.array([0.0, 500.0]), 100.0).tolist() == np.linspace(0, 500, 12).tolist()
     with pytest.raises(SystemExit):  # such as rewards of millions: not a hundred thousand rollouts, nor all memory
         stage3.target_returns(task, np.array([0.0, 2e8]), 100.0)
-    assert "makes 2,000,000 target returns; 4e+06 makes 50" in error_line(capsys.readouterr().err)
+    assert "makes 2,000,000 target returns, more than 500; 4e+06 makes 50" in error_line(capsys.readouterr().err)
     named = replace(task, sweep=(0.0, 20.0))  # a maze names its own
     assert stage3.target_returns(named, np.array([0.0, 500.0]), 100.0).tolist() == [0, 20]
 
@@ -641,7 +641,7 @@ def test_ctrl_c_is_one_line_that_names_the_last_good_state(stage, whole, run_mai
 
     monkeypatch.setattr(learner, "step", interrupted)
     code, _, err = run_main(stage, *command)
-    assert code == 130 and "error: interrupted; nothing was saved" in error_line(err)
+    assert code == 130 and "error: interrupted; nothing was saved; the same command starts anew" in error_line(err)
     code, _, err = run_main(stage, *command, "--checkpoint-minutes", 0)
     assert code == 130 and f"{folder}/resume.pt" in error_line(err) and "the same command continues" in error_line(err)
     assert step_of(folder / "resume.pt") == 23
@@ -828,7 +828,7 @@ def test_a_run_goes_on_in_the_arithmetic_it_began_with(pipeline, run_main, hoppe
                 code, out, err = go(runs, precision)
                 assert code == 0 and "step 7\n" in out, err
                 name = {"bf16": "bfloat16", "fp32": "float32"}[began]
-                assert (f"began with {name} blocks, and so it continues\n" in out) == (precision == "auto")
+                assert (f"began with {name} blocks and continues with them\n" in out) == (precision == "auto")
                 assert_same_run(*(tmp_path / x / FOLDER2 for x in (f"{began} whole", runs)), "policy.pt", ("policy",))
             (tmp_path / began / FOLDER2 / "resume.pt").unlink()  # then policy.pt says it
             assert "is finished" in go(began, "auto")[1]

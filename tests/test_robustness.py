@@ -147,7 +147,7 @@ def test_other_bad_input_is_one_line(tmp_path, run_main, pipeline, hopper_file):
         (stage2, [*good, *TINY2, *new, "--critic", policy], "not of pretrain_q.py"),
         (stage2, [*good, *sizes, *new, "--critic-width", 17], "--critic-width"),
         (stage3, ["--env", "walker2d-medium-tiny", "--checkpoint", policy], "not walker2d-medium-tiny"),
-        (stage3, ["--env", ENV, "--runs-dir", tmp_path / "runs"], "policy.pt; runs there: none"),
+        (stage3, ["--env", ENV, "--runs-dir", tmp_path / "runs"], "policy.pt; train it first; runs there: none"),
         (stage3, ["--env", ENV, "--runs-dir", pipeline.runs, *new], f"; runs there: {ENV}__dt__1, {FOLDER2}"),
         (stage3, ["--checkpoint", policy, "--compare", critic], "not of train_qalign_dt.py"),
     ]

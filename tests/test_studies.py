@@ -678,10 +678,10 @@ def test_without_ray_it_says_what_to_install(main, monkeypatch):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("colours", "unknown study colours: choose of components, "),
+        ("colours", "unknown study colours: choose from components, "),
         ("", "unknown study (none named)"),
         ("loss --workers -1", "--workers -1: must be at least 0"),
-        ("loss --only dt", "--only dt: choose of squared, symmetric, train_qalign_dt"),
+        ("loss --only dt", "--only dt: choose from squared, symmetric, train_qalign_dt"),
         ("loss --list --critic-flags=--lamda\t1", "pretrain_q.py: Unrecognized options: --lamda"),
         ("table2 --list --score-rollouts 0", "--rollouts 0: must be between 1"),
         ("loss --rollouts 0", "--rollouts 0: must be between 1"),

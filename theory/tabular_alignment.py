@@ -267,7 +267,7 @@ def main() -> None:
     print(f"{n_states} states (time, cell), {A} actions, returns {LEVELS[0]} to {LEVELS[-2]} and one level above them.")
     print(f"max |Q_beta - Q*| {distance(beta, star, data):.2f}; lambda_e {LAMBDA_E}, sigma_e {SIGMA_E} levels.")
 
-    print("\nTheorem 5.1: policies whose Q never falls as the RTG rises (for this gridworld in logarithms)")
+    print("\nTheorem 5.1: policies whose Q never falls as the RTG rises (|G|: RTG levels; the gridworld in logarithms)")
     counts, table = {}, {}
     for q, n_levels in COUNTED:
         size = len(q), n_levels, len(q[0])
@@ -295,7 +295,7 @@ def main() -> None:
         "Eq. 5 with its sign turned": runs[ALIGNED] | dict(sign=-1),
     }
     print(f"\nTheorems 5.2, 5.3, Eq. 8: {ITERATIONS} iterations, DT is lambda_e 0. Asked for more than all returns:")
-    print("greedy: share of states, in the run's own Q; pi(best): mean probability of its argmax; achieved: return")
+    print("greedy: share of states where pi(best) > 0.99, by the run's own Q; pi(best): its mean; achieved: return")
     print(f"  {'':36}" + "".join(f"{column:>11}" for column in HEADER))
     curves, policies = {}, {}
     for name, options in runs.items():
