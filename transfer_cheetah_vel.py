@@ -375,7 +375,7 @@ def transfer(trained: "Trained", velocities: np.ndarray, v_range, steps: int, ar
 
 def plot(records: list[dict], title: str):
     """Realised against target velocity; RTG(v) through the candidates of the calibration."""
-    figure, (left, right) = new_figure(1, 2, figsize=(11, 4.6))
+    figure, (left, right) = new_figure(1, 2, figsize=(11, 5))
     for i, record in enumerate(records):
         ends, budget = record["results"][0]["ends"], record["results"][0]["budget"]
         for result in (one for one in record["results"] if one["budget"] == budget):
@@ -383,7 +383,7 @@ def plot(records: list[dict], title: str):
             columns = ("velocity", "rtg", "velocity_mean", "velocity_std")
             v, rtg, mean, std = ([row[name] for row in result["velocities"]] for name in columns)
             label = f"{label_of(record)}, {result['calibration']}"
-            left.errorbar(v, mean, std, marker="o", capsize=2, label=label, **style)
+            left.errorbar(v, mean, std, marker="o", markersize=4, capsize=2, label=label, **style)
             right.plot(rtg, v, **style)
         for end in ends:
             right.plot(end["rtg"], end["velocity_mean"], ".", color=f"C{i}")
@@ -391,7 +391,7 @@ def plot(records: list[dict], title: str):
     v = [row["velocity"] for row in records[0]["results"][0]["velocities"]]
     left.plot(v, v, "--", color="0.5", linewidth=1, label="realised = target")
     left.set(xlabel="target velocity (m/s)", ylabel="realised velocity (m/s; bar: one std over episodes)")
-    left.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     right.axvspan(*records[0]["data_returns"], color="0.92", zorder=0)
     right.set(xlabel="RTG (raw; grey: returns of the data, outside it is extrapolation)", ylabel="velocity (m/s)")
     right.set_title("lines: RTG(v); dots: realised by the candidates; stars: best candidates", fontsize="small")
