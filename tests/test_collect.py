@@ -11,6 +11,7 @@ import warnings
 import collect_dataset as stage0
 import gymnasium
 import h5py
+import mujoco
 import numpy as np
 import pytest
 import torch
@@ -428,7 +429,7 @@ def test_every_quality_is_written_and_the_other_stages_read_it_by_its_name(colle
         assert attributes.pop("command").startswith("python data/collect_dataset.py --out-dir")
         steps, returns = attributes.pop("policy_step").tolist(), attributes.pop("policy_return").tolist()
         expected = dict(env_id="Hopper-v4", seed=1, num_envs=4, exp_name="collect_dataset", quality=quality)
-        expected |= dict(gymnasium=gymnasium.__version__, mujoco="4.0.0")
+        expected |= dict(gymnasium=gymnasium.__version__, mujoco=mujoco.__version__)
         assert attributes == expected | ({} if quality == "medium-replay" else {"transitions": 200})
         assert returns == pytest.approx([float(r) for k in steps for s, r in evaluations[1:] if int(s) == k], rel=1e-4)
         assert {"random": [0], "mini": [0, 96, 192, 288]}.get(quality, steps) == steps

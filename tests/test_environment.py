@@ -98,7 +98,7 @@ def imports() -> list[str]:
     """The modules that the scripts import, anywhere in the file."""
     names = set()
     for script in SCRIPTS:
-        for node in ast.walk(ast.parse((ROOT / f"{script}.py").read_text())):
+        for node in ast.walk(ast.parse((ROOT / f"{script}.py").read_text("utf-8"))):
             if isinstance(node, ast.Import):
                 names |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
@@ -179,29 +179,12 @@ def test_help_has_a_text_for_every_flag(script, monkeypatch):
         assert not re.search(r"default:\s+None|\{None\}", texts[flag]), texts[flag]
 
 
-def subprocess_help(path, cwd=None):
-    result = subprocess.run([sys.executable, path, "--help"], cwd=cwd, capture_output=True, text=True, timeout=300)
-    return result.returncode, result.stdout, result.stderr
-
-
 @pytest.mark.parametrize("script", ["pretrain_q", "train_qalign_dt"])
 def test_a_copied_stage_without_its_data_says_what_is_missing(script, tmp_path, monkeypatch):
     stage = module(script)
     monkeypatch.setattr(stage, "__file__", str(tmp_path / f"{script}.py"))
     code, out, err = call(stage, "--env", ENV, "--runs-dir", tmp_path, "--dataset-path", "mine.hdf5")
     assert (code, out) == (2, "") and "dataset.pt is missing: copy it here" in err and err.count("\n") == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", STAGES)
-def test_each_stage_is_one_file(script, tmp_path):
-    """Copied away alone, from another working directory."""
-    (tmp_path / "alone").mkdir()
-    (tmp_path / "elsewhere").mkdir()
-    path = shutil.copy(ROOT / f"{script}.py", tmp_path / "alone")
-    code, out, err = subprocess_help(path, cwd=tmp_path / "elsewhere")
-    assert (code, err) == (0, "") and "--seed" in out
-    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [Path(path)]
 
 
 @pytest.mark.parametrize("start", [Forked, pytest.param(subprocess.Popen, marks=pytest.mark.slow)])

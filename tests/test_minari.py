@@ -93,10 +93,6 @@ def test_any_other_id_is_looked_for(folder, capsys):
         assert f"minari download {name}" in error_of(capsys, name)
 
 
-def test_a_missing_dataset_names_the_command_to_type(folder, capsys):
-    assert "minari download mujoco/hopper/expert-v0" in error_of(capsys, "mujoco/hopper/expert-v0")
-
-
 def test_the_recorded_environment_is_the_one_of_the_rollouts(folder, capsys):
     for matter, kwargs in (({}, {"render_mode": None, "width": 480}), *[({"healthy_reward": 2.0},) * 2]):
         write_metadata(folder, id="Hopper-v5", kwargs=kwargs)
@@ -118,7 +114,7 @@ def test_the_recorded_environment_is_the_one_of_the_rollouts(folder, capsys):
         ('{"env_spec": "{}"}', "no 'id'"),
         ("[]", "list indices"),
         ("", "Expecting value"),
-        ("[" * 100_000, "recursion"),
+        ("[" * 100_000, "recursion" if sys.version_info < (3, 14) else "overflow"),
         ("\udcff", "codec"),
     ],
 )

@@ -63,7 +63,7 @@ def test_three_stages_write_what_the_readme_lists(pipeline):
     assert set(os.listdir(pipeline.folder)) - {".lock"} == files
     critic_files = {"critic.pt", "resume.pt", "report.json", "metrics.csv", "tensorboard"}
     assert set(os.listdir(pipeline.critic.parent)) - {".lock"} == critic_files
-    (row,) = read_csv(pipeline.folder / "metrics.csv")
+    *_, row = read_csv(pipeline.folder / "metrics.csv")
     assert row["step"] == "30" and all(np.isfinite(float(x)) for x in row.values()) and float(row["q_loss"]) > 0
     assert [row["step"] for row in read_csv(pipeline.folder / "evaluations.csv")] == ["0", "15", "30"]
     for stage, (_, out, err) in pipeline.outputs.items():
@@ -139,6 +139,25 @@ def test_targets_go_in_steps_from_the_lowest_to_the_highest_return(capsys):
     assert "makes 2,000,000 target returns, more than 500; 4e+06 makes 50" in error_line(capsys.readouterr().err)
     named = replace(task, sweep=(0.0, 20.0))  # a maze names its own
     assert stage3.target_returns(named, np.array([0.0, 500.0]), 100.0).tolist() == [0, 20]
+
+
+def test_a_sweep_has_30_rollouts_a_target_and_the_seeds_of_its_flag(pipeline, run_main, monkeypatch):
+    asked = []
+
+    def sweep(trained, targets, rollouts, seed, *rest):
+        asked.append((rollouts, seed))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage3, "sweep", sweep)
+        for flags in ((), ("--seed", 5), ("--high-targets",)):
+            run_main(stage3, "--checkpoint", pipeline.policy, "--device", "cpu", *flags)
+    assert asked == [(30, 1), (30, 5), (50, 1)]
+    trained, seen, real = stage3.load_policy(pipeline.policy, "fp32", CPU), [], stage3.rollout
+    monkeypatch.setattr(stage3, "rollout", lambda t, x, seeds, *more: seen.append([*seeds]) or real(t, x, seeds, *more))
+    for seed in (1, 1, 2):
+        stage3.mean_per_target(trained, [1.0, 2.0], 2, seed)
+    assert seen[0] == seen[1] and len({*seen[0], *seen[2]}) == 8
 
 
 def test_compare_writes_both_into_the_files_of_the_first(pipeline, run_main, tmp_path):
@@ -451,7 +470,10 @@ def test_table_d8_and_the_papers_sizes_are_the_defaults():
     def row(env):
         return tuple(getattr(config(env), name) for name in stage2.OTHER_DATA)
 
+    long = SimpleNamespace(task=task("hopper-medium-v2"), lengths=np.array([5, 1500]))
+    assert stage2.resolve(stage2.Args(), long, CPU).max_timestep == 1500
     paper = config("hopper-medium-v2")
+    assert paper.max_timestep == 1000
     sizes = ("embed_dim", "n_layer", "n_head", "context_len", "batch_size", "critic_width", "total_steps", "actor_lr")
     assert [getattr(paper, name) for name in sizes] == [256, 4, 4, 20, 256, 256, 100_000, 3e-4]
     assert (stage2.CRITIC_LR, stage2.L2, stage2.TAU, paper.eval_every) == (3e-4, 1e-4, 0.005, 10_000)
@@ -511,8 +533,9 @@ def test_units_are_the_datas_own_unless_the_data_is_d4rls(pipeline, tmp_path, ho
     mean = load(pipeline.critic)["report"]["q_abs_mean"]
     assert stage2.pretrained(stage2.Args(critic=str(pipeline.critic)), config, own)[2] == mean
     assert load(pipeline.policy)["q_scale"] == load(pipeline.resume)["progress"]["q_scale"] == mean != 1
-    monkeypatch.setattr(data, "task", replace(data.task, digest=own.task.digest))
-    assert stage2.pretrained(stage2.Args(critic=str(pipeline.critic)), config, data)[2] == 1.0
+    for body, expected in (("hopper", 1.0), ("antmaze", mean)):  # Table D.8's 100 is of Q divided by its mean
+        v2 = SimpleNamespace(task=replace(own.task, tag="v2", body=body))
+        assert stage2.pretrained(stage2.Args(critic=str(pipeline.critic)), config, v2)[2] == expected
 
 
 # ---- kill, resume, refuse ----

@@ -119,6 +119,28 @@ def test_attention_is_torchs_own(conv):
     torch.testing.assert_close(block.attend(x, torch.ones(2, 9, 1), bias), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_network_is_torchs_transformer_over_tokens_with_their_times():
+    """App. D.1, without the convolution: pre-norm blocks over (RTG, state, action), tanh on the actions."""
+    policy, x = random_policy(conv=False), windows()
+    rtg, obs, act, step, _ = x
+    time = policy.embed_time(step)
+    tokens = (policy.embed_rtg(rtg[..., None]) + time, policy.embed_obs(obs) + time, policy.embed_act(act) + time)
+    y = policy.norm_in(torch.stack(tokens, dim=2).flatten(1, 2))
+    for block in policy.blocks:
+        layer = torch.nn.TransformerEncoderLayer(
+            32, 4, 128, activation="gelu", batch_first=True, norm_first=True
+        ).eval()
+        parts = {"self_attn.out_proj": block.out, "norm1": block.norm1, "norm2": block.norm2}
+        parts |= {"linear1": block.mlp[0], "linear2": block.mlp[2]}
+        state = {f"{name}.{key}": p for name, part in parts.items() for key, p in part.state_dict().items()}
+        state |= {f"self_attn.in_proj_{key}": p for key, p in block.qkv.state_dict().items()}
+        layer.load_state_dict(state)
+        y = layer(y, src_mask=torch.nn.Transformer.generate_square_subsequent_mask(3 * K))
+    y = policy.norm_out(y)
+    expected = torch.tanh(policy.action_head(y[:, 1::3])), policy.state_head(y[:, ::3])
+    torch.testing.assert_close(policy(*x), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_paper_size_has_8_1_million_parameters():
     policy = stage2.Policy(OBS, ACT, 256, 4, 4, stage2.MAX_TIMESTEP)
     assert sum(p.numel() for p in policy.parameters()) == pytest.approx(8.1e6, rel=0.01)

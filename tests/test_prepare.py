@@ -37,20 +37,6 @@ FOLDER = f"{ENV}__data"
 
 
 @pytest.fixture
-def patience():
-    """What waits for ever fails after ten seconds."""
-
-    def hang(*_):
-        pytest.fail("waits for ever")
-
-    before = signal.signal(signal.SIGALRM, hang)
-    signal.alarm(10)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
-@pytest.fixture
 def source(tmp_path, hopper_file):
     return Path(shutil.copy(hopper_file, tmp_path / "source.hdf5"))
 
@@ -580,6 +566,7 @@ D4RL, MIRROR = "/offline_rl/gym_mujoco_v2/hopper_medium-v2.hdf5", "/mirror/hoppe
 @pytest.fixture
 def server(tmp_path, monkeypatch, hopper_file):
     server = Server()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")  # whatever proxy the machine has
     server.file, server.cache = hopper_file.read_bytes(), tmp_path / "cache"
     monkeypatch.setenv("D4RL_DATASET_DIR", str(server.cache))
     monkeypatch.setattr(prepare, "D4RL_URL", f"{server.url}/offline_rl")
@@ -658,6 +645,7 @@ def test_ctrl_c_leaves_no_part_of_a_download(server, run_main, tmp_path):
     with interrupted(0.3):
         result = run_main(prepare, "--env", "hopper-medium-v2", "--runs-dir", tmp_path / "runs")
     assert_refused(result, "interrupted", code=130, out=None)
+    assert "downloading" in result[1]
     assert set(os.listdir(server.cache)) <= {".lock"} and not (tmp_path / "runs").exists()
 
 

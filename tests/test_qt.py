@@ -1,6 +1,7 @@
 """baselines/train_qt.py: window targets, Q term and choice by Q by hand; schedules; what moves what; its files."""
 
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -154,10 +155,12 @@ def test_best_takes_the_highest_q_and_softmax_draws():
 
 
 @pytest.fixture(scope="module")
-def trained(pipeline, hopper_file):
-    code, _, err = call(qt, *argv(hopper_file, pipeline.runs, *TINY))
+def trained(pipeline, hopper_file, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    shutil.copytree(pipeline.critic.parent, runs / pipeline.critic.parent.name)
+    code, _, err = call(qt, *argv(hopper_file, runs, *TINY))
     assert code == 0, err
-    return pipeline.runs / f"{ENV}__train_qt__1"
+    return runs / f"{ENV}__train_qt__1"
 
 
 def test_it_starts_from_stage_1s_critic_and_discount(trained, pipeline, run_main, hopper_file, tmp_path, monkeypatch):

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import train_radt as radt
-from conftest import ENV, ROOT, Forked, argv, call, data_of, task_of
+from conftest import ENV, argv, call, data_of, task_of
 from conftest import by_hand as toy_data
 
 import evaluate_alignment as stage3
@@ -365,14 +363,3 @@ def test_a_missing_script_and_a_foreign_stage_are_one_line(trained, run_main, tm
     torch.save(content, tmp_path / "policy.pt")
     code, _, err = run_main(stage3, "--checkpoint", tmp_path / "policy.pt", "--device", "cpu")
     assert code == 2 and "not of train_qalign_dt.py" in err
-
-
-@pytest.mark.parametrize("name", ["hopper-mini", "halfcheetah-mini"])
-def test_it_finds_the_data_that_comes_with_the_code(name):
-    assert data_of(name).task.label.endswith(f"{name}.hdf5")
-
-
-def test_its_help_is_readable():
-    process = Forked([sys.executable, ROOT / "baselines/train_radt.py", "--help"], stdout=subprocess.PIPE)
-    out, _ = process.communicate()
-    assert process.returncode == 0 and "--no-seqra" in out and "Return-Aligned" in out

@@ -42,7 +42,27 @@ def weights(learner) -> dict[str, torch.Tensor]:
     return {name: torch.cat([p.detach().flatten() for p in net.parameters()]) for name, net in nets.items()}
 
 
+def test_the_seed_decides_weights_windows_and_dropout(data):
+    for make in (co_training, pretraining):
+        runs = []
+        for seed in (1, 1, 2):
+            learner = make(data, seed=seed)
+            drawn = torch.randn(3, generator=learner.generator), torch.randn(3)
+            runs.append((*weights(learner).values(), *drawn))
+        for one, again, other in zip(*runs):
+            assert torch.equal(one, again) and not torch.equal(one, other)
+
+
 # ---- one step of Algorithm 1 ----
+
+
+def test_a_dt_sees_the_windows_of_a_q_align_dt_of_its_seed(data):
+    drawn = []
+    for changes in ({"update_q": False}, {"lambda_e": 0.0}):
+        learner = co_training(data, action_noise=0.0, **changes)
+        learner.step()
+        drawn.append(learner.windows.sample(8, learner.generator).rtg)
+    assert torch.equal(*drawn)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +172,19 @@ def test_stage_1_regresses_on_returns_first_then_takes_sarsas_target(data):
         y = target(learner.target_critic, learner.data, rows)
         expected, _ = stage1.td_loss(learner.critic, learner.data, rows, y)
         assert learner.step(0)[0].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_one_step_of_iql(data):
+    learner = pretraining(data, method="iql")
+    with torch.no_grad():
+        for p in learner.target_critic.parameters():
+            p.add_(0.1)
+    usable, generator = learner.data.usable, torch.Generator().manual_seed(learner.args.seed)
+    rows = usable[torch.randint(len(usable), (8,), generator=generator)]
+    y = stage1.iql_target(learner.value, learner.data, rows)
+    q_loss = stage1.td_loss(learner.critic, learner.data, rows, y)[0].item()
+    v_loss = stage1.value_loss(learner.value, learner.target_critic, learner.data, rows).item()
+    assert learner.step(0)[[0, 2]].tolist() == pytest.approx([q_loss, v_loss], rel=1e-5)
 
 
 def test_stage_1_moves_its_target_by_tau_every_second_step(data):

@@ -270,7 +270,7 @@ def test_the_line_of_a_failure_is_of_the_last_attempt(tmp_path, capfd):
     run.log.parent.mkdir(parents=True)
     run.log.write_text("error: of yesterday\n")
     assert studies.perform_all([run], workers=1) == {}
-    assert "no output" in capfd.readouterr().err and run.log.read_text() == "error: of yesterday\n"
+    assert "no output" in capfd.readouterr().err and run.log.read_text("utf-8") == "error: of yesterday\n"
 
 
 def test_a_terminal_gets_a_status_line(tmp_path, capfd, monkeypatch):
@@ -293,7 +293,10 @@ def test_workers_share_cores_and_cuda_devices(tmp_path, monkeypatch):
     ask = "print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['OMP_NUM_THREADS'], os.getsid(0) == os.getpid())"
     runs = [make_run(tmp_path, f"ask_{i}", ask) for i in range(2)]
     assert [record["threads"] for record in studies.perform_all(runs, workers=2).values()] == ["3", "3"]
-    assert sorted(run.log.read_text() for run in runs) == ["5 3 True\n", "7 3 True\n"]  # in sessions of their own
+    assert sorted(run.log.read_text("utf-8") for run in runs) == [
+        "5 3 True\n",
+        "7 3 True\n",
+    ]  # in sessions of their own
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert not any("CUDA_VISIBLE_DEVICES" in share for share in studies.shares(2))
@@ -334,9 +337,10 @@ def test_a_record_says_what_it_was_made_with(git, tmp_path, monkeypatch):
         monkeypatch.setenv("PATH", str(tmp_path))
     run = make_run(tmp_path, "one", "")
     studies.perform_all([run], workers=1)
-    made = json.loads(run.record_file.read_text())["made_with"]
+    made = json.loads(run.record_file.read_text("utf-8"))["made_with"]
     assert made["torch"] == torch.__version__ and made["gpu"] == "none" and set(made) >= {"processor", "commit"}
-    expected = r"[0-9a-f]{7,40}(-dirty)?" if git and (ROOT / ".git").exists() and shutil.which("git") else "unknown"
+    found = git and shutil.which("git") and subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"]).returncode == 0
+    expected = r"[0-9a-f]{7,40}(-dirty)?" if found else "unknown"
     assert re.fullmatch(expected, made["commit"])
 
 
@@ -361,7 +365,7 @@ def test_ctrl_c_ends_the_processes_and_the_same_runs_continue(tmp_path):
     files = [run.stages["training"][0] / "pid" for run in runs]
 
     def interrupt():
-        while not all(file.exists() and file.read_text() for file in files[:2]):  # made, and written
+        while not all(file.exists() and file.read_text("utf-8") for file in files[:2]):  # made, and written
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -374,12 +378,12 @@ def test_ctrl_c_ends_the_processes_and_the_same_runs_continue(tmp_path):
     assert time.monotonic() - start < 40 and not files[2].exists() and not (tmp_path / "results").exists()
     for file in files[:2]:
         with pytest.raises(ProcessLookupError):
-            os.kill(int(file.read_text()), 0)
+            os.kill(int(file.read_text("utf-8")), 0)
     for run in runs:
         run.stages["training"][0].mkdir(exist_ok=True)
         (run.stages["training"][0] / "go").touch()
     assert len(studies.perform_all(runs, workers=2)) == 3
-    assert [len(file.read_text().split()) for file in files] == [2, 2, 1]
+    assert [len(file.read_text("utf-8").split()) for file in files] == [2, 2, 1]
 
 
 def test_a_study_that_is_stopped_says_that_it_continues(tmp_path, monkeypatch):
@@ -392,7 +396,7 @@ def test_a_study_that_is_stopped_says_that_it_continues(tmp_path, monkeypatch):
     assert raised.value.__notes__ == ["the same command continues"]
 
 
-def test_interrupted_or_unreadable_is_one_line(tmp_path):
+def test_interrupted_or_unreadable_is_one_line(tmp_path, patience):
     """The program itself, stopped while it reads a record that never comes; then with a folder in its place."""
     argv = [sys.executable, ROOT / "results/run_studies.py", "spearman", "--results-dir", tmp_path, "--seeds", "1"]
     argv += ["--runs-dir", tmp_path / "runs"]
@@ -446,13 +450,13 @@ def test_a_study_from_data_to_table(data, main, forked, monkeypatch):
     assert sorted(set(out.splitlines()[1:]) - {data_line}) == sorted(
         [f"{name}: starts", f"{bad}: starts", f"{name}: finished", "components: results/studies/noise/components.md"]
     )
-    record = json.loads(Path(f"results/records/noise/{name}.json").read_text())
-    assert record["alignment"] == json.loads(Path(f"runs/noise/{name}/alignment.json").read_text())
-    assert record["critic"] == json.loads(Path(f"runs/noise/{ENV}__pretrain_q__1/report.json").read_text())
+    record = json.loads(Path(f"results/records/noise/{name}.json").read_text("utf-8"))
+    assert record["alignment"] == json.loads(Path(f"runs/noise/{name}/alignment.json").read_text("utf-8"))
+    assert record["critic"] == json.loads(Path(f"runs/noise/{ENV}__pretrain_q__1/report.json").read_text("utf-8"))
     assert all(record["seconds"][stage] > 0 for stage in ("critic", "training", "sweep"))
     scripts = [command.split()[1] for command in record["commands"]]
     assert scripts == ["pretrain_q.py", "train_qalign_dt.py", "evaluate_alignment.py"]
-    text = Path("results/studies/noise/components.md").read_text()
+    text = Path("results/studies/noise/components.md").read_text("utf-8")
     assert "| quantity | Q-Align DT (seeds 1) |\n" in text and "hopper data, not D4RL: noise.hdf5" in text
     assert f"Missing: {bad}." in text and record["commands"][1] in text
     rows = list(csv.DictReader(open("results/studies/noise/components.csv")))
@@ -464,7 +468,7 @@ def test_a_study_from_data_to_table(data, main, forked, monkeypatch):
     monkeypatch.setattr(studies, "perform_all", lambda runs, workers: again.extend(runs) or {})
     code, out, err = main(*argv)
     assert code == 1 and out.startswith("2 runs, 1 of them finished before") and [run.name for run in again] == [bad]
-    assert Path("results/studies/noise/components.md").read_text() == text
+    assert Path("results/studies/noise/components.md").read_text("utf-8") == text
     code, out, err = main(*argv, "--target-step", 50)
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert "target_step 100.0 there, 50.0 here; choose another --results-dir" in err
@@ -481,11 +485,13 @@ def test_a_tuned_method_and_one_with_its_own_inference(data, main, tmp_path, mon
     argv += [f"--critic-flags={CRITIC}", f"--train-flags={TRAIN.removesuffix(' --eval-every 0')}"]
     code, _, err = main(*argv)
     assert (code, err) == (0, "")
-    tuned, qt = (json.loads(Path(f"r/records/noise/{ENV}__{x}__1.json").read_text()) for x in ("tune_dt", "train_qt"))
+    tuned, qt = (
+        json.loads(Path(f"r/records/noise/{ENV}__{x}__1.json").read_text("utf-8")) for x in ("tune_dt", "train_qt")
+    )
     assert list(tuned["seconds"]) == ["base", "training", "sweep"]
     assert list(qt["seconds"]) == ["critic", "training", "sweep", "best"]
     assert all(x > 0 for record in (tuned, qt) for x in record["seconds"].values())
-    best = json.loads(Path(f"runs/noise/{ENV}__train_qt__1/high_targets_best.json").read_text())
+    best = json.loads(Path(f"runs/noise/{ENV}__train_qt__1/high_targets_best.json").read_text("utf-8"))
     assert (tuned["inference"], qt["inference"]) == ({}, {"best": best}) and best["inference"] == "best"
     rows = list(csv.DictReader(open("r/studies/noise/vdt_online.csv")))
     scores = [row["score, --inference best"] for row in rows]
@@ -501,7 +507,7 @@ def test_missing_runs_are_named_and_the_others_tabulated(main, tmp_path, monkeyp
     monkeypatch.setattr(studies, "ROOT", tmp_path)  # where there is no data
     code, out, err = main("spearman", "--seeds", 1, 2, "--results-dir", "results")
     assert code == 1 and err == "error: 1 of 2 runs are missing; the same command continues\n"
-    text = Path("results/studies/hopper-mini/spearman.md").read_text()
+    text = Path("results/studies/hopper-mini/spearman.md").read_text("utf-8")
     assert f"Missing: {second.name}." in text and "Q-Align DT (seeds 1) |" in text
 
 
@@ -570,10 +576,10 @@ def test_the_lines_one_after_the_other_make_the_records(data, main, forked, tmp_
             assert main(*argv, "--list")[1].splitlines()[1:] == []  # nothing is left to do
         code, out, err = main(*argv, *(["--workers", 0] if how == "list" else []))
         assert (code, err) == (0, "") and out.splitlines()[-1] == "table1: results/studies/noise/table1.md"
-        record[how] = json.loads(Path(f"results/records/noise/{name}.json").read_text())
+        record[how] = json.loads(Path(f"results/records/noise/{name}.json").read_text("utf-8"))
     assert timeless(record["list"]) == timeless(record["workers"]) and record["list"]["critic"]
     rows = record["list"]["high_targets"]["high_targets"]
-    text = Path("results/studies/noise/table1.md").read_text()
+    text = Path("results/studies/noise/table1.md").read_text("utf-8")
     scores = "; ".join(f"{row['score_mean']:.1f} at {row['target_return']:g}" for row in rows)
     assert len(rows) == 2 and f"| noise | Q-Align DT | - | {scores} | - | 1 | hopper data, not D4RL: noise.hdf5" in text
 
@@ -590,7 +596,7 @@ def test_published_numbers_stand_beside_ours(main, tmp_path, monkeypatch):
         write_record(run, {key: value for key, value in record.items() if key != "alignment"})
     code, out, err = main("table1", "--workers", 0, "--results-dir", "results")
     assert code == 1 and err == "error: 178 of 180 runs are missing; the same command continues\n"
-    text = Path("results/studies/table1.md").read_text()
+    text = Path("results/studies/table1.md").read_text("utf-8")
     ours = "102.0 ± 2.00 at 1800; 85.0 ± 5.00 at 3600 | below | 1, 2"
     data = "hopper-medium-v2 (D4RL) (0123), 100,000 gradient steps"
     assert f"| hopper-medium-v2 | Q-Align DT | 102.1 ± 0.74 | {ours} | {data} |\n" in text
@@ -612,7 +618,7 @@ def test_a_table_stays_where_no_run_of_it_is_found(main, tmp_path, monkeypatch):
     table.parent.mkdir(parents=True)
     table.write_text("of other runs")
     code, out, err = main("maze2d", "--env", "maze2d-umaze-v1", "--workers", 0, "--results-dir", "results")
-    assert code == 1 and "18 of 18 runs are missing" in err and table.read_text() == "of other runs"
+    assert code == 1 and "18 of 18 runs are missing" in err and table.read_text("utf-8") == "of other runs"
 
 
 def test_records_of_data_that_are_not_at_hand_make_their_table(main, tmp_path):
@@ -623,7 +629,7 @@ def test_records_of_data_that_are_not_at_hand_make_their_table(main, tmp_path):
         "spearman", "--env", "walker2d-mini", "--seeds", 1, 2, "--workers", 0, "--results-dir", "results"
     )
     assert (code, err) == (0, "")
-    assert "| Q-Align DT | 2 | 2.00 |" in Path("results/studies/walker2d-mini/spearman.md").read_text()
+    assert "| Q-Align DT | 2 | 2.00 |" in Path("results/studies/walker2d-mini/spearman.md").read_text("utf-8")
 
 
 def test_what_agrees_with_a_published_number():
@@ -644,7 +650,7 @@ def maze2d(main, *flags: str) -> str:
     write_record(run, record | {"inference": {}})
     code, out, _ = main("maze2d", "--env", "maze2d-mini", *flags, "--workers", 0, "--results-dir", "results")
     assert code == 1
-    return Path(out.splitlines()[-1].partition(": ")[2]).read_text()
+    return Path(out.splitlines()[-1].partition(": ")[2]).read_text("utf-8")
 
 
 def test_published_numbers_add_up():
@@ -660,9 +666,9 @@ def test_published_numbers_add_up():
 
 def test_one_version_of_each_tool():
     """What .ci/run takes is what a cluster and a commit take."""
-    pins = dict(re.findall(r"^(\w+)==([\d.]+)", (ROOT / "tests/requirements-oracle.txt").read_text(), re.M))
-    assert f"\nray=={pins['ray']}\n" in (ROOT / "results/requirements-cluster.txt").read_text()
-    assert f"rev: v{pins['ruff']}\n" in (ROOT / ".pre-commit-config.yaml").read_text()
+    pins = dict(re.findall(r"^(\w+)==([\d.]+)", (ROOT / "tests/requirements-oracle.txt").read_text("utf-8"), re.M))
+    assert f"\nray=={pins['ray']}\n" in (ROOT / "results/requirements-cluster.txt").read_text("utf-8")
+    assert f"rev: v{pins['ruff']}\n" in (ROOT / ".pre-commit-config.yaml").read_text("utf-8")
 
 
 def test_without_ray_it_says_what_to_install(main, monkeypatch):
@@ -833,7 +839,7 @@ def test_finished_runs_are_tabulated_without_running_anything(main, tmp_path, mo
     assert out.splitlines()[1:] == [
         f"{study}: results/studies/hopper-mini/{study}.md" for study in ("loss", "spearman")
     ]
-    text = Path("results/studies/hopper-mini/loss.md").read_text()
+    text = Path("results/studies/hopper-mini/loss.md").read_text("utf-8")
     assert text.startswith("# loss: the symmetric penalty is unstable") and "12 target returns, 10 rollouts" in text
     heads = "| quantity | Q-Align DT (seeds 1, 2) | symmetric (seeds 1, 2) | squared (seeds 1, 2) |"
     assert f"\n\n{heads}\n| --- | --- | --- | --- |\n| weights | of the last step |" in text
@@ -850,7 +856,7 @@ def test_finished_runs_are_tabulated_without_running_anything(main, tmp_path, mo
     for flags in (["--rollouts", 5], ["--train-flags=--actor-lr 1"], ["--critic-flags=--lr 1"]):
         code, out, err = main("loss", "--results-dir", "results", *flags)
         assert (code, out, len(err.splitlines())) == (2, "", 1) and "here; choose another --results-dir" in err
-    assert "(seeds 1, 2, 3)" in Path("results/studies/hopper-mini/spearman.md").read_text()
+    assert "(seeds 1, 2, 3)" in Path("results/studies/hopper-mini/spearman.md").read_text("utf-8")
 
 
 def test_runs_of_other_data_or_length_are_not_put_into_one_table(main, tmp_path, monkeypatch):
@@ -874,7 +880,7 @@ def test_whose_weights_were_evaluated_is_said(main, tmp_path, monkeypatch):
         write_record(first, make_record(first, average=0.002))
         write_record(second, make_record(second, average=average))
         assert main("spearman", "--seeds", 1, 2, "--results-dir", "results")[0] == 0
-        assert f"| weights | {said} |\n" in Path("results/studies/hopper-mini/spearman.md").read_text()
+        assert f"| weights | {said} |\n" in Path("results/studies/hopper-mini/spearman.md").read_text("utf-8")
 
 
 def test_plot_has_a_panel_per_variant_with_mean_range_and_diagonal(tmp_path, monkeypatch):
