@@ -27,6 +27,11 @@ import numpy as np
 import pytest
 import torch
 
+try:
+    import mujoco  # noqa: F401
+except Exception:  # MUJOCO_GL names a renderer that is not here: nothing but --video needs one
+    os.environ["MUJOCO_GL"] = "disable"
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background, where children then ignore Ctrl-C, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 FORK = multiprocessing.get_context("fork")
