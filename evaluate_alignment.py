@@ -38,7 +38,7 @@ import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
-HINT = tyro.conf.arg(help_behavior_hint="")  # the help text names the default itself, or it is nothing
+HINT = tyro.conf.arg(help_behavior_hint="")  # the help text names the default itself, or there is none
 Int, Text = (Annotated[kind | None, HINT] for kind in (int, str))
 Texts, Floats = (Annotated[tuple[kind, ...], HINT] for kind in (str, float))
 

@@ -87,7 +87,7 @@ def resolve(args: Args, task: "Task", device: torch.device) -> Args:
     """Fill in the defaults that depend on the task."""
     preset = args.preset or ("small" if task.quality == "mini" else "paper")
     defaults = (SMALL if preset == "small" else PAPER) | {"method": "iql" if task.body == "antmaze" else "sarsa"}
-    args = valid(replace, args, device=device.type, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
+    args = checked(replace, args, device=device.type, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
     if args.warm_start_steps is None:
         # Q' climbs to its level with time constant 1 / (tau per step (1 - gamma)): 40,000 steps. A SARSA run shorter
         # than three of them begins with regression: in so few steps, min_m of two critics that still disagree keeps Q
@@ -572,7 +572,7 @@ def run_folder(args, exp_name: str) -> Path:
     return Path(args.runs_dir) / f"{args.env.replace('/', '--')}__{exp_name}__{args.seed}"
 
 
-def valid(make, *args, **values):
+def checked(make, *args, **values):
     """make(*args, **values); exits 2 on its ValueError, as of a flag that does not fit the preset's other values."""
     try:
         return make(*args, **values)

@@ -91,7 +91,8 @@ class Args:
     sigma_e: Float = None
     # by which Eq. 7's targets raise the RTG, normalised (default: Table D.8; other data: a third of that range)
     delta_rtg: Float = None
-    # bounds of a shifted window's first RTG, normalised (default: the release's for D4RL data, else the data's own)
+    # bounds of a shifted window's first RTG, normalised (default: the release's for D4RL's files but Maze2D's, else the
+    # data's own)
     rtg_range: Annotated[tuple[float, float] | None, BY_DATA] = None
     # ours: limit on Eq. 5's push on the actions, as a multiple of imitation's pull (default: 0, none; other data: 0.3)
     max_push: Float = None
@@ -182,7 +183,7 @@ def resolve(args: Args, data: "Dataset", device: torch.device) -> Config:
     values["half_normal"] = task.body == "antmaze"
     if values["eval_every"] is None:
         values["eval_every"] = max(values["total_steps"] // 10, 1)
-    return valid(Config, **values)
+    return checked(Config, **values)
 
 
 # ======== shared: data ========
@@ -985,7 +986,7 @@ def run_folder(args, exp_name: str) -> Path:
     return Path(args.runs_dir) / f"{args.env.replace('/', '--')}__{exp_name}__{args.seed}"
 
 
-def valid(make, *args, **values):
+def checked(make, *args, **values):
     """make(*args, **values); exits 2 on its ValueError, as of a flag that does not fit the preset's other values."""
     try:
         return make(*args, **values)

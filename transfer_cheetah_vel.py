@@ -43,7 +43,7 @@ import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
-HINT = tyro.conf.arg(help_behavior_hint="")  # the help text names the default itself, or it is nothing
+HINT = tyro.conf.arg(help_behavior_hint="")  # the help text names the default itself, or there is none
 Text = Annotated[str | None, HINT]
 Texts, Floats = (Annotated[tuple[kind, ...], HINT] for kind in (str, float))
 
@@ -66,7 +66,7 @@ class Args:
     # RTG(v): the paper's line, our curve, or both, from the same candidates (video: the first)
     calibration: tuple[Literal["two-point", "monotone"], ...] = ("two-point",)
     budgets: tuple[int, ...] = (40,)  # candidate RTGs at each end; several are Table C.6 (plot and video: the first)
-    calibration_width: float = 2000.0  # raw; the candidates are v times an episode's steps (1000) +- this
+    calibration_width: float = 2000.0  # the candidates lie at v times an episode's steps (1000) +- this, raw
     calibration_rollouts: int = 5  # episodes per candidate
     video: Floats = ()  # also a GIF: up to 10 s at each of these velocities (needs OpenGL)
 

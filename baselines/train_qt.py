@@ -39,6 +39,7 @@ from train_qalign_dt import (
     Policy,
     Str,
     Windows,
+    checked,
     descend,
     ema_update,
     make_policy,
@@ -47,7 +48,6 @@ from train_qalign_dt import (
     pretrained,
     run,
     supervised_loss,
-    valid,
 )
 
 
@@ -154,7 +154,7 @@ def resolve(args: Args, task, data, device: torch.device) -> Config:
     values = fill_in(args, task, data, device, PAPER | release, release | SMALL)
     values["best_return"] = float(data.returns.max())
     values["critic"] = "none" if args.critic == "none" else other_critic(args) or "stage 1"
-    return valid(Config, **values)
+    return checked(Config, **values)
 
 
 def window_target(batch: Batch, q_last, gamma: float):

@@ -42,6 +42,7 @@ from train_qalign_dt import (
     Windows,
     check_args,
     check_finite,
+    checked,
     claim,
     descend,
     load_data,
@@ -58,7 +59,6 @@ from train_qalign_dt import (
     saved_bf16,
     track,
     use_bf16,
-    valid,
 )
 
 
@@ -148,7 +148,7 @@ def resolve(args: Args, task, data, device: torch.device) -> Config:
         values["method"] = f"RADT, {'SeqRA' if args.seqra else 'StepRA'} only"
     if args.seqra and not args.alpha:
         values["method"] = f"{values.get('method', 'RADT')}, without alpha"
-    return valid(Config, **values)
+    return checked(Config, **values)
 
 
 class StepNorm(nn.Module):

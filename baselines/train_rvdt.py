@@ -40,7 +40,7 @@ from train_qt import Args as QTArgs
 from train_qt import Training as QTTraining
 from train_radt import fill_in, find_run, train
 
-from train_qalign_dt import Float, Int, Policy, Windows, check_args, descend, masked_mean, other_critic, run, valid
+from train_qalign_dt import Float, Int, Policy, Windows, check_args, checked, descend, masked_mean, other_critic, run
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def resolve(args: Args, task, data, device: torch.device) -> Config:
     values = fill_in(args, task, data, device, PAPER | qt, SMALL | qt)
     values["critic"] = "none" if args.critic == "none" else other_critic(args) or "stage 1"
     values["method"] = method_of(values["eta"], args.rebalance, args.std)
-    return valid(Config, **values)
+    return checked(Config, **values)
 
 
 def method_of(eta: float, rebalance: str, std: str) -> str:

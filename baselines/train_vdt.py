@@ -40,13 +40,13 @@ from train_qalign_dt import (
     Int,
     Policy,
     Windows,
+    checked,
     descend,
     ema_update,
     fail,
     make_policy,
     masked_mean,
     run,
-    valid,
 )
 
 
@@ -118,7 +118,7 @@ def resolve(args: Args, task, data, device: torch.device) -> Config:
     values["best_return"] = float(data.returns.max())
     off = [name for name, x in (("without weights", values["eta"]), ("without Q term", args.q_weight)) if not x]
     values["method"] = ", ".join(["VDT", *off])
-    return valid(Config, **values)
+    return checked(Config, **values)
 
 
 class Targets(NamedTuple):

@@ -441,9 +441,9 @@ def dataset(task: dict, paths: list[Path]) -> dict:
     parts = []
     for path in paths:
         found, arrays = read_hdf5(path, task)
-        ours, theirs = (f"{x['env_id']} {x['env_kwargs'] or ''}" for x in (found, parts[0][0] if parts else found))
-        if ours != theirs:
-            fail(f"{path} was recorded in {ours}, {paths[0]} in {theirs}; give files of one environment")
+        if parts and any(found[name] != parts[0][0][name] for name in ("env_id", "env_kwargs")):
+            here, there = (f"{x['env_id']} {x['env_kwargs'] or ''}" for x in (found, parts[0][0]))
+            fail(f"{path} was recorded in {here}, {paths[0]} in {there}; give files of one environment")
         parts.append((found, arrays))
     task = max((found for found, _ in parts), key=lambda found: found["horizon"])
     observations, actions, rewards, terminals, episode_end = map(np.concatenate, zip(*(arrays for _, arrays in parts)))
@@ -471,7 +471,7 @@ def content(task, observations, actions, rewards, terminals, ends, label: str, i
     starts = np.concatenate([[0], ends[:-1]])
     returns, total = np.add.reduceat(rewards, starts, dtype=np.float64), np.cumsum(rewards, dtype=np.float64)
     to_go = total[np.repeat(ends, ends - starts) - 1] - total + rewards
-    cut = (ends - starts)[~terminals[ends - 1]]  # lengths of the episodes that a time limit ended, if two agree on it
+    cut = (ends - starts)[~terminals[ends - 1]]  # lengths of the episodes that a time limit ended; two must agree
     one = len(cut) > 1 and np.ptp(cut) == 0 and cut[0] == (ends - starts).max()
     if not task.pop("horizon_is_recorded", False) and not is_d4rl and one and cut[0] < task["horizon"]:
         task["horizon"] = int(cut[0])

@@ -651,7 +651,8 @@ def main() -> None:
         records = {name: record for name, run in every.items() if (record := read_record(run))}
     except ValueError as error:  # of shlex or read_record
         fail(f"{error}")
-    print(f"{'# ' * args.list}{len(every)} runs, {len(records)} of them finished before (again: another --results-dir)")
+    before = f"{len(records)} of them finished before (another --results-dir runs them again)"
+    print(f"{'# ' * args.list}{len(every)} runs, {before}")
     missing = [run for name, run in every.items() if name not in records]
     if args.list:
         check(missing, args)

@@ -179,6 +179,14 @@ def test_help_has_a_text_for_every_flag(script, monkeypatch):
         assert not re.search(r"default:\s+None|\{None\}", texts[flag]), texts[flag]
 
 
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "FrozenLake-v1"])
+def test_discrete_actions_are_one_line(env_id, capsys):
+    with pytest.raises(SystemExit) as exit:
+        module("train_qalign_dt").make_env(env_id)
+    says = f"error: environment {env_id}: observations must be a vector, and actions a bounded vector\n"
+    assert (exit.value.code, capsys.readouterr().err) == (2, says)
+
+
 @pytest.mark.parametrize("script", ["pretrain_q", "train_qalign_dt"])
 def test_a_copied_stage_without_its_data_says_what_is_missing(script, tmp_path, monkeypatch):
     stage = module(script)

@@ -137,6 +137,8 @@ def test_targets_go_in_steps_from_the_lowest_to_the_highest_return(capsys):
     with pytest.raises(SystemExit):  # such as rewards of millions: not a hundred thousand rollouts, nor all memory
         stage3.target_returns(task, np.array([0.0, 2e8]), 100.0)
     assert "makes 2,000,000 target returns, more than 500; 4e+06 makes 50" in error_line(capsys.readouterr().err)
+    few = stage3.target_returns(task_of(ENV), np.array([0.0, 5.0]), stage3.Args(target_step=0.25).target_step)
+    assert few.tolist() == [0.25 * i for i in range(21)]
     named = replace(task, sweep=(0.0, 20.0))  # a maze names its own
     assert stage3.target_returns(named, np.array([0.0, 500.0]), 100.0).tolist() == [0, 20]
 

@@ -611,6 +611,15 @@ def test_published_numbers_stand_beside_ours(main, tmp_path, monkeypatch):
     assert code == 1 and "cannot compare" in err and len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9", "127.0.0.1:x"])
+def test_a_cluster_that_does_not_answer_is_one_line(address, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace())  # which is asked for nothing before
+    with pytest.raises(SystemExit) as exit:
+        studies.perform_on_ray([], studies.Args(("spearman",), ray=address))
+    err = capsys.readouterr().err
+    assert exit.value.code == 1 and err.startswith(f"error: --ray {address}: no cluster") and err.count("\n") == 1
+
+
 def test_a_table_stays_where_no_run_of_it_is_found(main, tmp_path, monkeypatch):
     """Its runs may have other names: maze2d-mini's with a --dataset-path."""
     monkeypatch.setattr(studies, "check", None)
